@@ -1,0 +1,192 @@
+"""Command line: ``python -m bitstack_nb run | ablation | stronger``; each has ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bitstack_nb.benchmark import run
+from bitstack_nb.protocol import PRESETS, STRATEGIES, Protocol
+from bitstack_nb.results import Result, format_table, table
+from bitstack_nb.stack import BUDGETS
+from bitstack_nb.tasks import AG_NEWS_BINARY, find_task
+
+ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)
+SYNTHETIC = (
+    "Data: embedded, synthetic. These numbers show that the machinery works, not how well the "
+    "method does on real text (README.md, Results)."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0, 2 for an error the user can mend, 130 if stopped."""
+    options = _parser().parse_args(arguments)
+    level = logging.INFO if options.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(name)s: %(message)s")
+    # Every request the Hub client makes would be logged as well.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        protocols = options.protocols(options)
+        done = [_run(protocol, options) for protocol in protocols]
+    except (ValueError, OSError) as error:
+        logging.getLogger(__name__).debug("in full:", exc_info=True)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on behind the last finished task", file=sys.stderr)
+        return 130
+    _report(done, options.output)
+    return 0
+
+
+def _run(protocol: Protocol, options: argparse.Namespace) -> Result:
+    return run(protocol, output=options.output, device=options.device, progress=not options.quiet)
+
+
+def _report(done: list[Result], output: Path) -> None:
+    print(f"\n{format_table(table(done))}\n")
+    if any(result.protocol["data"] == "embedded" for result in done):
+        print(SYNTHETIC)
+    print(f"Each run is a JSON file in {output}:")
+    for name in sorted({Protocol.from_dict(result.protocol).name for result in done}):
+        print(f"  {output / name}.json")
+
+
+# From options to protocols ----------------------------------------------------------------------
+
+
+def _benchmark(options: argparse.Namespace) -> list[Protocol]:
+    return [
+        protocol
+        for seed in options.seeds or [_base(options).seed]
+        for strategy in options.strategy
+        for protocol in _variants(replace(_base(options), seed=seed), strategy, options)
+    ]
+
+
+def _variants(base: Protocol, strategy: str, options: argparse.Namespace) -> list[Protocol]:
+    if strategy != "bitstack":
+        return [base.with_strategy(strategy)]
+    return [
+        base.with_strategy(strategy, sparsity=sparsity, budget=budget)
+        for budget in options.budget
+        for sparsity in options.sparsity
+    ]
+
+
+def _stronger(options: argparse.Namespace) -> list[Protocol]:
+    options.tasks = [find_task("imdb"), AG_NEWS_BINARY]
+    return _benchmark(options)
+
+
+def _base(options: argparse.Namespace) -> Protocol:
+    given = {
+        name: value
+        for name in _SETTINGS
+        if (value := getattr(options, name.replace("-", "_"))) is not None
+    }
+    settings = {name.replace("-", "_"): value for name, value in given.items()}
+    if options.tasks is not None:
+        settings["tasks"] = tuple(options.tasks)
+    return replace(PRESETS[options.preset], **settings)
+
+
+# Options ----------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bitstack_nb", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_command(
+        commands,
+        "run",
+        "train on the tasks in sequence and compare strategies (the main job)",
+        protocols=_benchmark,
+        strategy=["finetune", "bitstack"],
+    )
+    _add_command(
+        commands,
+        "ablation",
+        "BitStack over sparsities; 0 is plain fine-tuning",
+        protocols=_benchmark,
+        strategy=["bitstack"],
+        sparsity=list(ABLATION_SPARSITIES),
+    )
+    _add_command(
+        commands,
+        "stronger",
+        "IMDB, then AG News as two classes, on a stronger backbone",
+        protocols=_stronger,
+        strategy=["finetune", "bitstack"],
+        preset="quick",
+        model="distilbert-base-uncased",
+        tasks=None,
+    )
+    return parser
+
+
+def _add_command(commands: argparse._SubParsersAction, name: str, what: str, **defaults) -> None:
+    parser = commands.add_parser(
+        name, help=what, description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="smoke", help="settings that the options change")
+    if "tasks" not in defaults:
+        add("--tasks", type=_list(find_task), metavar="A,B", help="in training order")
+    add("--strategy", type=_list(_strategy), metavar="A,B", help="finetune, bitstack, joint")
+    add("--sparsity", type=_list(float), default=[0.12], metavar="S,S", help="shares locked")
+    add("--budget", type=_list(_budget), default=["union"], metavar="B,B", help="union, fresh")
+    add("--seeds", type=_list(int), metavar="N,N", help="one run each; the preset's if not given")
+    for setting, (kind, text) in _SETTINGS.items():
+        add(f"--{setting}", type=kind, help=text)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--output", type=Path, default=Path("results/runs"), help="folder for the results")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("--verbose", action="store_true", help="log what happens")
+    parser.set_defaults(**defaults)
+
+
+def _size(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
+
+
+def _list(kind):
+    def parse(text: str) -> list:
+        return [kind(part.strip()) for part in text.split(",")]
+
+    parse.__name__ = "comma-separated list"
+    return parse
+
+
+def _strategy(name: str) -> str:
+    if name not in STRATEGIES:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(STRATEGIES)}")
+    return name
+
+
+def _budget(name: str) -> str:
+    if name not in BUDGETS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(BUDGETS)}")
+    return name
+
+
+_SETTINGS = {
+    "model": (str, "Hub name or folder of a sequence classifier; tiny-gpt2 is made on the spot"),
+    "data": (str, "embedded (synthetic), hub, or a folder with <dataset>/train.parquet"),
+    "train-size": (_size, "training examples per task, or a fraction such as 0.05"),
+    "test-size": (_size, "test examples per task, or a fraction such as 0.01"),
+    "max-length": (int, "tokens a text is cut at"),
+    "epochs": (float, "passes over each task's sample"),
+    "batch-size": (int, "examples per step"),
+    "learning-rate": (float, "of AdamW"),
+    "sampling": (str, "stratified, or head for the published slices"),
+    "evaluate-on": (str, "test, or heldout training data for choosing settings"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

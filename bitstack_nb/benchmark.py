@@ -1,0 +1,269 @@
+"""The task sequence: train, lock, evaluate every task so far, checkpoint, next task.
+
+``run`` is resumable: after each stage the model, the heads, the strategy and the numbers so far
+are written beside the result, and a run that was killed goes on behind its last finished stage.
+Every stage seeds itself, so the accuracy matrix is that of an unbroken run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from bitstack_nb import metrics
+from bitstack_nb.backbones import collate, encode, load_backbone
+from bitstack_nb.heads import Heads
+from bitstack_nb.protocol import Protocol
+from bitstack_nb.provenance import provenance
+from bitstack_nb.results import Result
+from bitstack_nb.strategies import STRATEGIES
+from bitstack_nb.tasks import load_task
+from bitstack_nb.training import (
+    MultiHead,
+    ProgressBar,
+    accuracy,
+    find_device,
+    train,
+    undisturbed_rng,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    protocol: Protocol,
+    *,
+    output: str | os.PathLike[str] = "results/runs",
+    device: str = "auto",
+    progress: bool = False,
+    command: str | None = None,
+) -> Result:
+    """Run a protocol, or read its result if it has been run.
+
+    Args:
+        protocol: what to do.
+        output: folder for ``<protocol.name>.json`` and, while running, the state to resume from.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        progress: show one bar over all batches.
+        command: what to record as the command that repeats this; the process's by default.
+
+    Raises:
+        ValueError: a setting, a dataset or a model is not usable; the message says what to do.
+    """
+    path = Path(output) / f"{protocol.name}.json"
+    if path.exists():
+        logger.info("%s is finished already: %s", protocol.name, path)
+        return Result.load(path)
+    with undisturbed_rng():
+        sequence = _Sequence(protocol, find_device(device), path.with_suffix(".state"))
+        result = sequence.run(progress=progress, command=command)
+    result.save(path)
+    shutil.rmtree(sequence.state, ignore_errors=True)
+    return result
+
+
+class _Sequence:
+    """One run in progress: the loaded pieces, and the numbers that go into the result."""
+
+    def __init__(self, protocol: Protocol, device: torch.device, state: Path) -> None:
+        self.protocol, self.device, self.state = protocol, device, state
+        self.tasks = [
+            load_task(
+                task,
+                protocol.data,
+                train_size=protocol.train_size,
+                test_size=protocol.test_size,
+                seed=protocol.seed,
+                sampling=protocol.sampling,
+                evaluate_on=protocol.evaluate_on,
+            )
+            for task in protocol.tasks
+        ]
+        self.backbone = load_backbone(
+            protocol.model, max_length=protocol.max_length, seed=protocol.seed
+        )
+        self.model = self.backbone.model.to(device)
+        self.collate = collate(self.backbone)
+        self.train_data = [encode(t.train, self.backbone) for t in self.tasks]
+        self.test_data = [encode(t.test, self.backbone) for t in self.tasks]
+        self.heads = Heads(self.model, seed=protocol.seed)
+        for task in protocol.tasks:
+            self.heads.add(task.name, task.num_labels)
+        self.strategy = STRATEGIES[protocol.strategy](self.model, protocol)
+        self.stages = self.strategy.stages(len(self.tasks))
+        self.numbers: dict[str, Any] = {
+            "stages_done": 0,
+            "matrix": [[None] * len(self.tasks) for _ in self.tasks],
+            "lock_stats": [],
+            "times": {"train": [], "update": [], "evaluate": []},
+            "peak_memory": {},
+        }
+
+    def run(self, *, progress: bool, command: str | None) -> Result:
+        self._resume()
+        done = self.numbers["stages_done"]
+        name = self.protocol.strategy
+        with tqdm(total=self._batches(done), desc=name, unit="batch", disable=not progress) as bar:
+            for number, stage in list(enumerate(self.stages))[done:]:
+                last = self.tasks[stage[-1]].task.name
+                bar.set_description(f"{name} seed {self.protocol.seed}, up to {last}")
+                self._train(number, stage, bar)
+                self._lock(number, stage)
+                self._evaluate(stage[-1], bar)
+                self._checkpoint(number + 1)
+        return self._result(command)
+
+    def _train(self, number: int, stage: list[int], bar: tqdm) -> None:
+        with self._timed("train"):
+            train(
+                self._module(stage),
+                self._stage_data(stage),
+                self.collate,
+                protocol=self.protocol,
+                seed=self._seed(number),
+                device=self.device,
+                callbacks=[*self.strategy.callbacks(), ProgressBar(bar)],
+            )
+
+    def _lock(self, number: int, stage: list[int]) -> None:
+        generator = torch.Generator().manual_seed(self._seed(number))
+        loader = DataLoader(
+            self._stage_data(stage),
+            batch_size=self.protocol.batch_size,
+            shuffle=True,
+            generator=generator,
+            collate_fn=self.collate,
+        )
+        with self._timed("update"):
+            self.strategy.after_stage(loader)
+        if (stats := self.strategy.stats()) is not None:
+            self.numbers["lock_stats"].append(stats)
+
+    def _evaluate(self, last: int, bar: tqdm) -> None:
+        with self._timed("evaluate"):
+            for task in range(last + 1):
+                self.numbers["matrix"][last][task] = accuracy(
+                    self.heads.use(self.protocol.tasks[task].name),
+                    self.test_data[task],
+                    self.collate,
+                    protocol=self.protocol,
+                    device=self.device,
+                    callbacks=[ProgressBar(bar)],
+                )
+        row = [f"{a:.1f}" for a in self.numbers["matrix"][last][: last + 1]]
+        logger.info("%s after task %d: %s", self.protocol.name, last + 1, " ".join(row))
+
+    def _module(self, stage: list[int]) -> torch.nn.Module:
+        if len(stage) > 1:
+            return MultiHead(self.heads)
+        return self.heads.use(self.protocol.tasks[stage[0]].name)
+
+    def _stage_data(self, stage: list[int]) -> Dataset:
+        if len(stage) == 1:
+            return self.train_data[stage[0]]
+        parts = [self.train_data[task] for task in stage]
+        marked = [
+            part.add_column("task", [task] * len(part))
+            for task, part in zip(stage, parts, strict=True)
+        ]
+        return concatenate_datasets(marked)
+
+    def _seed(self, number: int) -> int:
+        """A seed of its own for each stage, so that a resumed run repeats it exactly."""
+        return 1000 * self.protocol.seed + number
+
+    def _batches(self, done: int) -> int:
+        size, epochs = self.protocol.batch_size, self.protocol.epochs
+        total = 0
+        for stage in self.stages[done:]:
+            total += ceil(epochs * ceil(sum(len(self.train_data[t]) for t in stage) / size))
+            total += sum(ceil(len(t) / (4 * size)) for t in self.test_data[: stage[-1] + 1])
+        return total
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.numbers["times"][what].append(time.perf_counter() - start)
+
+    # Resuming -----------------------------------------------------------------------------------
+
+    def _checkpoint(self, stages_done: int) -> None:
+        """Write the state after a stage; the rename at the end makes it the one to resume from."""
+        self.numbers["stages_done"] = stages_done
+        self.numbers["peak_memory"] = _peak_memory(self.numbers["peak_memory"], self.device)
+        folder = self.state / f"stage-{stages_done}"
+        temporary = folder.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        # Clones, because safetensors refuses tensors that share memory (tied weights).
+        weights = {n: t.cpu().clone() for n, t in self.model.state_dict().items()}
+        save_file(weights, temporary / "model.safetensors")
+        save_file(self.heads.state_dict(), temporary / "heads.safetensors")
+        self.strategy.save(temporary)
+        (temporary / "numbers.json").write_text(json.dumps(self.numbers))
+        temporary.replace(folder)
+        shutil.rmtree(self.state / f"stage-{stages_done - 1}", ignore_errors=True)
+
+    def _resume(self) -> None:
+        # A stage that was being written when the run was killed still ends in .tmp.
+        numbers = [f.name.removeprefix("stage-") for f in self.state.glob("stage-*")]
+        done = max((int(number) for number in numbers if number.isdigit()), default=0)
+        if not done:
+            return
+        folder = self.state / f"stage-{done}"
+        logger.info("resuming %s behind stage %d", self.protocol.name, done)
+        self.heads.load_state_dict(load_file(folder / "heads.safetensors"))
+        # The checkpoint was written with the last task's head in place.
+        model = self.heads.use(self.protocol.tasks[self.stages[done - 1][-1]].name)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        self.strategy.load(folder)
+        self.numbers = json.loads((folder / "numbers.json").read_text())
+
+    def _result(self, command: str | None) -> Result:
+        origin = provenance(command=command)
+        origin["device"] = str(self.device)
+        origin["model"] = self.backbone.provenance
+        origin["data"] = {t.task.name: t.provenance for t in self.tasks}
+        times = self.numbers["times"]
+        return Result(
+            protocol=self.protocol.to_dict(),
+            matrix=self.numbers["matrix"],
+            metrics=metrics.summarize(self.numbers["matrix"]),
+            locks=self.strategy.layer_records(),
+            lock_stats=self.numbers["lock_stats"],
+            times={**times, "total": sum(sum(parts) for parts in times.values())},
+            peak_memory=self.numbers["peak_memory"],
+            provenance=origin,
+        )
+
+
+def _peak_memory(before: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Peak memory so far in MiB, over the processes that a resumed run took."""
+    peak = {}
+    if sys.platform != "win32":
+        import resource
+
+        # ru_maxrss counts KiB on Linux, bytes on macOS.
+        unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if device.type == "cuda":
+        peak["gpu"] = torch.cuda.max_memory_allocated(device) / (1 << 20)
+    return {name: max(value, before.get(name, 0)) for name, value in peak.items()}

@@ -1,0 +1,51 @@
+"""Masks at one bit per entry: pack, unpack, count. Pure tensor functions.
+
+Bit order is little (entry ``i`` of the flattened mask is bit ``i % 8`` of byte ``i // 8``), as
+``numpy.packbits(mask, bitorder="little")`` writes it. Eight entries are handled at a time by
+treating eight bytes as one 64-bit integer, so every function stays on the tensor's device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+# Multiplying eight 0/1 bytes by this moves byte i to bit 56 + i (Hacker's Delight, section 7-4).
+_GATHER = 0x0102040810204080
+_REPEAT = 0x0101010101010101
+# One bit per byte, bit i in byte i: 0x8040201008040201 as a signed 64-bit integer.
+_DIAGONAL = 0x8040201008040201 - (1 << 64)
+
+
+def packed_size(shape: Sequence[int]) -> int:
+    """Bytes that the packed mask of a tensor of this shape takes."""
+    return (prod(shape) + 7) // 8
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """Pack a bool tensor of any shape into uint8 ``[ceil(n / 8)]``; padding bits are zero."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"pack needs a bool tensor, got {mask.dtype}: compare or cast it first")
+    padded = mask.new_zeros(8 * packed_size(mask.shape))
+    padded[: mask.numel()] = mask.flatten()
+    return ((padded.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
+
+
+def unpack(bits: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Unpack uint8 ``[ceil(n / 8)]`` into a bool tensor of ``shape`` (n entries)."""
+    if bits.dtype != torch.uint8 or bits.shape != (packed_size(shape),):
+        raise ValueError(
+            f"a mask of shape {tuple(shape)} is packed in {packed_size(shape)} bytes of uint8, "
+            f"got {bits.dtype} of shape {tuple(bits.shape)}"
+        )
+    spread = bits.to(torch.int64).mul_(_REPEAT).bitwise_and_(_DIAGONAL)
+    return spread.view(torch.uint8)[: prod(shape)].ne(0).view(tuple(shape))
+
+
+def count(bits: torch.Tensor) -> int:
+    """Number of set bits in a packed mask."""
+    pairs = bits - ((bits >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return int(((nibbles + (nibbles >> 4)) & 0x0F).sum(dtype=torch.int64))

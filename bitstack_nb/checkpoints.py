@@ -1,0 +1,180 @@
+"""Where a pretrained sequence classifier comes from: a folder, or the Hub or its local cache.
+
+Scope: finding a checkpoint, loading its model and tokenizer quietly, and saying which bytes they
+were. What a benchmark needs of them beyond that is in ``backbones``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from transformers.utils import logging as transformers_logging
+
+_HUB_TIMEOUT = 10.0  # seconds until the Hub counts as out of reach
+
+logger = logging.getLogger(__name__)
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be had or used as asked; one line, with a way out."""
+
+
+def load_pretrained(
+    name: str,
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, dict[str, Any]]:
+    """Load a sequence classifier in float32 on the CPU, and its tokenizer.
+
+    Weights that the checkpoint lacks are drawn from torch's global generator.
+
+    Args:
+        name: a local folder, or a name on the Hub.
+
+    Returns:
+        Model, tokenizer, and their provenance (as in :class:`bitstack_nb.backbones.Backbone`).
+
+    Raises:
+        BackboneError: see :func:`bitstack_nb.backbones.load_backbone`.
+    """
+    path, options, source = _locate(name)
+    # Checked at once: otherwise transformers stops and asks whether to run the checkpoint's code.
+    options["trust_remote_code"] = False
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(path, **options)
+            if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+                raise BackboneError(
+                    f"{name}: transformers has no sequence classification head for architecture"
+                    f" {config.model_type!r}; take an encoder such as distilbert-base-uncased or a"
+                    " decoder such as gpt2"
+                )
+            tokenizer = _load_tokenizer(path, name, options)
+            model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+                path, config=config, dtype=torch.float32, output_loading_info=True, **options
+            )
+        except BackboneError:
+            raise
+        except Exception as error:  # anything from OSError to SafetensorError, by version
+            raise BackboneError(
+                f"{name}: transformers cannot load it ({_first_line(error)}); check the files, or"
+                " take another model, e.g. tiny-gpt2"
+            ) from error
+    prefix = f"{model.base_model_prefix}."
+    drawn = sorted(key for key in report["missing_keys"] if key.startswith(prefix))
+    if drawn:
+        # The report that names them is silenced with the usual one about the head.
+        logger.warning(
+            "%s: the checkpoint lacks %d backbone tensors, now random: %s%s",
+            *(name, len(drawn), ", ".join(drawn[:3]), ", ..." if len(drawn) > 3 else ""),
+        )
+    return model, tokenizer, source
+
+
+def _load_tokenizer(
+    path: str, name: str, options: Mapping[str, Any]
+) -> transformers.PreTrainedTokenizerBase:
+    way_out = "save one beside the model (tokenizer.save_pretrained(folder))"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # OSError, ValueError, ImportError, ... by architecture
+        raise BackboneError(
+            f"{name}: no tokenizer that can be loaded ({_first_line(error)}); {way_out}"
+        ) from error
+    # Without tokenizer files transformers makes one that knows its special tokens only.
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise BackboneError(f"{name}: there are no tokenizer files; {way_out}")
+    return tokenizer
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Find a folder or Hub model: path or name, options for ``from_pretrained``, provenance."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise BackboneError(
+                f"{name}: the folder has no config.json; give one that model.save_pretrained wrote"
+            )
+        return str(folder), {}, {"source": "folder", "sha256": _weight_digests(folder)}
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise BackboneError(f"{name}: no such folder; give a folder or a Hub name (owner/model)")
+    revision, offline = _find_on_hub(name)
+    options = {"revision": revision, "local_files_only": offline}
+    return name, options, {"source": "hub", "revision": revision}
+
+
+def _find_on_hub(name: str) -> tuple[str, bool]:
+    """Return the commit of a Hub model, and whether only the local cache can be reached."""
+    unreachable = None
+    try:
+        # One request without retries: a download from nowhere would retry for half a minute.
+        huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise BackboneError(
+            f"{name}: neither a folder here nor a model on the Hub that you may read; check the"
+            " name on https://huggingface.co/models, or take tiny-gpt2"
+        ) from error
+    except Exception as error:  # the HTTP client, and so its errors, differ between versions
+        unreachable = error
+    try:
+        # By its branch and not by the commit: only so can it be found without network next time.
+        config = huggingface_hub.hf_hub_download(
+            name, "config.json", local_files_only=unreachable is not None
+        )
+    except Exception as error:
+        if unreachable is None:
+            raise BackboneError(
+                f"{name}: no config.json to be had from the Hub ({_first_line(error)}); take a"
+                " model in the format of transformers that you may read"
+            ) from error
+        raise BackboneError(
+            f"{name}: not in the local cache, and the Hub cannot be reached"
+            f" ({_first_line(unreachable)}); connect, or give a model folder, or take tiny-gpt2"
+        ) from unreachable
+    return Path(config).parent.name, unreachable is not None  # .../snapshots/<commit>/config.json
+
+
+def _weight_digests(folder: Path) -> dict[str, str]:
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    digests = {}
+    for path in files:
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' loading reports and bars, but not the Hub's download bars."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    downloads = not are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # silences the Hub's, too
+    if downloads:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if not downloads:
+            disable_progress_bars()

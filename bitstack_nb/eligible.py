@@ -1,0 +1,117 @@
+"""Which parameters may be locked: the backbone without heads, embeddings and the final norm.
+
+On GPT-2 the rules give the published exclusion ``score, wte, wpe, ln_f``. They look at the model's
+structure only, so nothing here needs transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable
+
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# Children that are heads in modules which do not say what their backbone is.
+_HEADS = {"classifier", "classification_head", "cls", "fc", "head", "heads", "lm_head"} | {
+    "pre_classifier",
+    "qa_outputs",
+    "score",
+}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile`` and (distributed) data-parallel wrappers."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, parallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
+
+
+def canonical(name: str) -> str:
+    """A parameter's name without the parts that compiled submodules add to it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def eligible_parameters(model: nn.Module, exclude: Iterable[str] | None) -> dict[str, nn.Parameter]:
+    """Trainable floating-point parameters that may be locked, by canonical name.
+
+    Args:
+        model: any module, already unwrapped.
+        exclude: strings; a parameter is left out when one of its names contains one of them.
+            ``None`` finds heads, embeddings and the final norm from the model.
+
+    A tied parameter appears once, under its first name, and is left out if any of its names is.
+    """
+    names: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(canonical(name))
+    if exclude is None:
+        automatic = _automatic_exclusion(model)
+        excluded = {p for p, own in names.items() if automatic.intersection(own)}
+    else:
+        excluded = {p for p, own in names.items() if any(e in n for e in exclude for n in own)}
+    logger.info("excluded from locking: %s", ", ".join(names[p][0] for p in names if p in excluded))
+    return {
+        own[0]: parameter
+        for parameter, own in names.items()
+        if parameter not in excluded and parameter.requires_grad and parameter.is_floating_point()
+    }
+
+
+def _automatic_exclusion(model: nn.Module) -> set[str]:
+    excluded, final_norms = set(), _final_norms(model)
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if _is_head(model, name) or any("embed" in part.lower() for part in name.split(".")):
+            excluded.add(canonical(name))
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Embedding) or path in final_norms:
+            prefix = f"{path}." if path else ""
+            excluded |= {canonical(prefix + own) for own, _ in module.named_parameters()}
+    return excluded
+
+
+def _is_head(model: nn.Module, name: str) -> bool:
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and isinstance(getattr(model, prefix, None), nn.Module):
+        return not name.startswith(f"{prefix}.")
+    return name.split(".")[0] in _HEADS
+
+
+def _final_norms(model: nn.Module) -> set[str]:
+    """Norm layers outside the stack of blocks (a ModuleList or Sequential), where there is one."""
+    containers = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+    ]
+    if not containers:
+        return set()
+    return {
+        path
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and not any(path.startswith(f"{c}." if c else "") for c in containers)
+    }
+
+
+def place(name: str) -> tuple[int | None, str]:
+    """The layer index (None outside the blocks) and the module's path in it, from a name.
+
+    ``transformer.h.3.attn.c_attn.weight`` gives ``(3, "attn.c_attn")``.
+    """
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    inside = parts if at is None else parts[at + 1 :]
+    return (None if at is None else int(parts[at])), ".".join(inside[:-1] or inside)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """All scalars of a model's parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,226 @@
+"""Synthetic stand-ins for the five text tasks, made on the spot: no download, same rows everywhere.
+
+Scope: a small seeded grammar that writes labelled English-like texts with the Hub's column names,
+label counts and row order. The five tasks share one word list, so that learning one disturbs the
+others. Words are lower case and separated by single spaces, punctuation included, so that splitting
+at spaces is a complete tokenizer. Nothing here is real data; say "synthetic" wherever it is shown.
+"""
+
+from __future__ import annotations
+
+import random
+
+import datasets
+
+EMBEDDED_VERSION = "1"  # part of a run's provenance: raise it whenever any text changes
+EMBEDDED_ROWS = {"train": 2000, "test": 500}
+
+_THEMES = {
+    "politics": "election minister senate vote law treaty president party reform council",
+    "conflict": "army border troops attack peace rebel hostage bomb police crisis",
+    "sport": "match goal coach league season player champion score stadium medal",
+    "market": "company shares profit bank price trade investor merger sales dollar",
+    "computer": "software internet server virus chip phone browser network file program",
+    "science": "planet energy laboratory theory equation experiment atom space telescope cell",
+    "health": "doctor diet pain hospital vitamin sleep skin medicine patient symptom",
+    "school": "university student teacher degree campus exam college lesson library class",
+    "music": "album song guitar band singer concert record melody drummer tune",
+    "film": "movie actor scene director script screen comedy sequel camera hero",
+    "book": "novel author chapter magazine poem publisher story edition essay reader",
+    "art": "painter sculptor gallery portrait museum canvas exhibition designer drawing poet",
+    "transport": "ship engine aircraft train submarine vessel locomotive wing deck wheel",
+    "building": "tower church bridge roof castle hall brick architect house museum",
+    "nature": "river mountain lake valley island glacier forest creek peak volcano",
+    "village": "village district province town population county rural region settlement road",
+    "animal": "species bird moth beetle fish snail wing habitat shell insect",
+    "plant": "flower leaf tree herb seed garden species orchid root shrub",
+    "family": "husband mother child marriage friend boyfriend wedding love girl parent",
+    "belief": "god church prayer faith culture soul bible tradition heaven holiday",
+}
+# Each class of a topic task is a mixture of themes; several themes serve more than one class.
+_CLASSES = {
+    "ag_news": (
+        "politics conflict",
+        "sport",
+        "market politics",
+        "computer science market",
+    ),
+    "dbpedia": (
+        "market building",
+        "school",
+        "art music",
+        "sport",
+        "politics",
+        "transport",
+        "building",
+        "nature",
+        "village nature",
+        "animal",
+        "plant",
+        "music",
+        "film",
+        "book",
+    ),
+    "yahoo": (
+        "belief family",
+        "science",
+        "health",
+        "school science",
+        "computer",
+        "sport",
+        "market",
+        "music film",
+        "family",
+        "politics conflict",
+    ),
+}
+_GRADES = (  # from worst to best
+    "awful terrible horrible dreadful disgusting rude",
+    "bad dull bland slow weak poor",
+    "okay average fair decent plain ordinary",
+    "good nice pleasant tasty solid enjoyable",
+    "excellent amazing superb perfect wonderful brilliant",
+)
+_ASPECTS = {
+    "imdb": "movie story actor scene script director comedy ending music plot dialogue camera",
+    "yelp": "food service staff room price burger coffee kitchen waiter menu place dessert",
+}
+_OPENERS = {
+    "imdb": (
+        "i saw this with a friend .",
+        "we rented it last night .",
+        "my first review .",
+        "",
+    ),
+    "ag_news": (
+        "reuters -",
+        "report :",
+        "update :",
+        "analysis -",
+        "officials said the",
+    ),
+    "dbpedia": (
+        "it is a",
+        "known for the",
+        "this is one of the",
+        "a former",
+        "the only",
+    ),
+    "yelp": (
+        "we came here last night .",
+        "first time here .",
+        "i stopped by today .",
+        "",
+    ),
+    "yahoo": ("what is the", "how do i find a", "can anyone explain the", "is there a"),
+}
+_ANSWERS = ("i think the", "you should ask about the", "try the", "it depends on the")
+_JOINS = (
+    "and the",
+    "of the",
+    "in a",
+    "with some",
+    "but the",
+    "for many",
+    "from the",
+    "near a",
+)
+_VERDICTS = (
+    "the {} was {} .",
+    "the {} is {} .",
+    "i found the {} {} .",
+    "a {} that felt {} .",
+)
+_NEGATED = ("the {} was not {} .", "i never found the {} {} .", "the {} is hardly {} .")
+_NUM_LABELS = {"imdb": 2, "ag_news": 4, "dbpedia": 14, "yelp": 5, "yahoo": 10}
+_SORTED = ("imdb", "dbpedia")  # in the order of their labels on the Hub, and so here
+
+
+def embedded_split(task: str, split: str) -> datasets.Dataset:
+    """One split of a synthetic task: 2000 training or 500 test rows, the same on every call.
+
+    Args:
+        task: "imdb", "ag_news", "dbpedia", "yelp" or "yahoo".
+        split: "train" or "test".
+
+    Returns:
+        A dataset in memory with the columns of the Hub's dataset: strings, and integers as int64.
+        Classes are equally frequent; "imdb" and "dbpedia" are sorted by label, as on the Hub.
+
+    Raises:
+        ValueError: the task or the split is not one of these.
+    """
+    for name, value, known in (
+        ("task", task, _OPENERS),
+        ("split", split, EMBEDDED_ROWS),
+    ):
+        if value not in known:
+            raise ValueError(f"no embedded {name} {value!r}: use one of {', '.join(known)}")
+    # A string seeds Random by its own hash, whatever PYTHONHASHSEED says.
+    rng = random.Random(f"{EMBEDDED_VERSION}/{task}/{split}")
+    num_labels = _NUM_LABELS[task]
+    labels = [row % num_labels for row in range(EMBEDDED_ROWS[split])]
+    if task in _SORTED:
+        labels.sort()
+    else:
+        rng.shuffle(labels)
+    return datasets.Dataset.from_list([_row(rng, task, *pair) for pair in enumerate(labels)])
+
+
+def embedded_vocabulary() -> list[str]:
+    """Every word the grammar can write, sorted: what a word-level tokenizer has to know."""
+    texts = [*_THEMES.values(), *_GRADES, *_ASPECTS.values(), *_ANSWERS, *_JOINS, ". ?"]
+    texts += [opener for openers in _OPENERS.values() for opener in openers]
+    texts += [form.replace("{}", "") for form in (*_VERDICTS, *_NEGATED)]
+    return sorted(set(" ".join(texts).split()))
+
+
+def _row(rng: random.Random, task: str, number: int, label: int) -> dict[str, str | int]:
+    """A row with the Hub's columns."""
+    opener = rng.choice(_OPENERS[task])
+    if task in _ASPECTS:
+        text = f"{opener} {_review(rng, task, label)}".strip()
+        return {"text": text, "label": label}
+    words = _topic_words(rng, _CLASSES[task], label)
+    if task == "ag_news":
+        return {"text": f"{opener} {_chain(rng, words)} .", "label": label}
+    if task == "dbpedia":
+        content = f"{opener} {_chain(rng, words[1:])} ."
+        return {"label": label, "title": words[0], "content": content}
+    return {
+        "id": number,
+        "topic": label,
+        "question_title": f"{opener} {_chain(rng, words[:3])} ?",
+        "question_content": "" if rng.random() < 0.4 else f"{_chain(rng, words[3:5])} .",
+        "best_answer": f"{rng.choice(_ANSWERS)} {_chain(rng, words[5:])} .",
+    }
+
+
+def _topic_words(rng: random.Random, classes: tuple[str, ...], label: int) -> list[str]:
+    """Eight content words: most of the class's themes, the rest of one other class or of any."""
+    own = [word for theme in classes[label].split() for word in _THEMES[theme].split()]
+    other = _THEMES[rng.choice(rng.choice(classes).split())].split()
+    anything = _THEMES[rng.choice(list(_THEMES))].split()
+    pools = rng.choices((own, other, anything), weights=(13, 4, 3), k=8)
+    return [rng.choice(pool) for pool in pools]
+
+
+def _chain(rng: random.Random, words: list[str]) -> str:
+    """The words in their order, joined by phrases that tell nothing."""
+    return " ".join([words[0], *(f"{rng.choice(_JOINS)} {word}" for word in words[1:])])
+
+
+def _review(rng: random.Random, task: str, label: int) -> str:
+    """Four verdicts around the label's grade; a negated one uses a word of the mirrored grade."""
+    verdicts = []
+    for _ in range(4):
+        if task == "imdb":
+            liked = label == 1 if rng.random() < 0.9 else label == 0
+            grade = rng.choice((3, 4) if liked else (0, 1))
+        else:
+            grade = min(4, max(0, label + rng.choice((-1, 0, 0, 0, 0, 1))))
+        negated = rng.random() < 0.2
+        form = rng.choice(_NEGATED if negated else _VERDICTS)
+        adjective = rng.choice(_GRADES[4 - grade if negated else grade].split())
+        verdicts.append(form.format(rng.choice(_ASPECTS[task].split()), adjective))
+    return " ".join(verdicts)

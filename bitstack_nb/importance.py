@@ -1,0 +1,134 @@
+"""How much each entry of the backbone matters for a task: gradients summed over its batches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+Importance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Each takes a parameter and its gradient for one batch, both of the parameter's shape, and gives
+# the batch's non-negative contribution to the score. "gradient" is the published choice.
+IMPORTANCE: dict[str, Importance] = {"gradient": lambda parameter, gradient: gradient.abs()}
+
+
+def measure(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    loader: Iterable[Mapping[str, Any]],
+    *,
+    n_batches: int,
+    importance: str,
+) -> dict[str, torch.Tensor]:
+    """Scores by parameter name: float32, the parameter's shape and device, non-negative.
+
+    Runs up to ``n_batches`` batches forward and backward in evaluation mode (dropout off) without
+    autocast. The model's training flags and gradients and the RNG state are left as found.
+
+    Raises:
+        ValueError: the loader is empty, a batch has no labels, no gradient arrives, or a score is
+            NaN or infinite.
+        TypeError: a batch is not a mapping or the model's output has no loss.
+    """
+    if n_batches < 1:
+        raise ValueError(f"n_batches is {n_batches}, expected at least 1")
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    scores = {
+        name: torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+        for name, p in parameters.items()
+    }
+    device = next(iter(parameters.values())).device
+    seen = 0
+    with _undisturbed(model, device):
+        for batch in islice(loader, n_batches):
+            loss = _loss(model, batch, device)
+            gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
+            _accumulate(scores, trainable, gradients, IMPORTANCE[importance])
+            seen += 1
+    _check(scores, seen)
+    return scores
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, gradients on, autocast off; training flags and RNG state come back."""
+    training = {module: module.training for module in model.modules()}
+    cuda = [device] if device.type == "cuda" else []
+    # A Trainer in half precision leaves accelerate's autocast wrapper on the instance's forward.
+    wrapped = "_original_forward" in vars(model) and "_hf_hook" not in vars(model)
+    forward = vars(model).pop("forward", None) if wrapped else None
+    try:
+        model.eval()
+        with (
+            torch.random.fork_rng(devices=cuda),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
+            yield
+    finally:
+        if forward is not None:
+            model.forward = forward
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> torch.Tensor:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a batch is a {type(batch).__name__}, expected a mapping such as "
+            "{'input_ids': ..., 'labels': ...}: give the loader a collate function that makes one"
+        )
+    if "labels" not in batch:
+        raise ValueError(f"a batch has no 'labels', only {sorted(batch)}: rename the label column")
+    inputs = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+        if _takes(model, key)
+    }
+    loss = getattr(model(**inputs), "loss", None)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise TypeError(
+            f"{type(model).__name__} returned no scalar .loss (got {loss!r}): its forward must "
+            "return an object with the mean loss of the batch"
+        )
+    if not loss.requires_grad:
+        raise ValueError("the loss needs no gradient: every parameter is frozen or it is detached")
+    return loss
+
+
+def _takes(model: nn.Module, key: str) -> bool:
+    """Whether the model's forward names this argument (or takes labels through ``**kwargs``)."""
+    known = inspect.signature(model.forward).parameters
+    return key in known or "labels" not in known
+
+
+def _accumulate(
+    scores: dict[str, torch.Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    gradients: Iterable[torch.Tensor | None],
+    importance: Importance,
+) -> None:
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        if gradient is not None:
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            scores[name] += importance(parameter.detach(), dense).float()
+
+
+def _check(scores: Mapping[str, torch.Tensor], seen: int) -> None:
+    if not seen:
+        raise ValueError("the loader gave no batch: it is empty or already used up")
+    bad = [name for name, score in scores.items() if not torch.isfinite(score).all()]
+    if bad:
+        raise ValueError(
+            f"importance is NaN or infinite in {', '.join(bad[:5])}"
+            f"{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}: "
+            "check the loss, the labels and the weights"
+        )
+    if not any(score.any() for score in scores.values()):
+        raise ValueError("no eligible parameter got a gradient: does the loss depend on them?")

@@ -1,0 +1,139 @@
+"""What one run does, in full: a frozen record whose hash names the run's result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from bitstack_nb.tasks import FIVE_TASKS, Task, find_task
+
+STRATEGIES = ("finetune", "bitstack", "joint")
+# Settings that mean something to one strategy only; they are left out of the others' record, so
+# that fine-tuning at two sparsities is one run.
+_OWN_SETTINGS = {"bitstack": ("sparsity", "budget", "n_batches")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """One run: a strategy on a sequence of tasks. The defaults are the preset ``smoke``.
+
+    Args:
+        strategy: ``finetune``, ``bitstack`` or ``joint`` (all tasks at once, the upper bound).
+        sparsity, budget, n_batches: of :class:`bitstack_nb.BitStack`; ignored by the others.
+        model: ``tiny-gpt2`` (made on the spot), a Hub name or a folder.
+        data: ``embedded`` (synthetic), ``hub``, or a folder of Parquet files.
+        tasks: in training order; names of the known ones or own :class:`Task` objects.
+        seed: draws the samples, initialises heads, orders batches and sets dropout.
+        train_size, test_size: examples per task, or a fraction of the split below 1.
+        max_length: tokens a text is cut at.
+        epochs: passes over each task's training sample.
+        batch_size: examples per step, in training and in measuring importance.
+        learning_rate, weight_decay, warmup_steps: of AdamW with a linear schedule, per task.
+        sampling: ``stratified`` (drawn) or ``head`` (the published slices).
+        evaluate_on: ``test``, or ``heldout`` training data, for choosing settings.
+    """
+
+    strategy: str = "finetune"
+    sparsity: float | None = 0.12
+    budget: str | None = "union"
+    n_batches: int | None = 32
+    model: str = "tiny-gpt2"
+    data: str = "embedded"
+    tasks: tuple[Task, ...] = FIVE_TASKS
+    seed: int = 0
+    train_size: int | float = 800
+    test_size: int | float = 200
+    max_length: int = 48
+    epochs: float = 2
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 10
+    sampling: str = "stratified"
+    evaluate_on: str = "test"
+
+    def __post_init__(self) -> None:
+        tasks = tuple(find_task(t) if isinstance(t, str) else t for t in self.tasks)
+        object.__setattr__(self, "tasks", tasks)
+        if self.strategy not in STRATEGIES:
+            raise ValueError(
+                f"strategy is {self.strategy!r}, expected one of {', '.join(STRATEGIES)}"
+            )
+        names = [task.name for task in tasks]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"tasks are {names}, expected one or more, each once")
+        for name in ("epochs", "batch_size", "learning_rate", "train_size", "test_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
+        if self.model == "tiny-gpt2" and self.data != "embedded":
+            raise ValueError(
+                f"tiny-gpt2 knows the embedded tasks' words only, but data is {self.data!r}: name "
+                "a pretrained model, such as --model sentence-transformers/all-MiniLM-L6-v2"
+            )
+        own = _OWN_SETTINGS.get(self.strategy, ())
+        for name in {n for names in _OWN_SETTINGS.values() for n in names}.difference(own):
+            object.__setattr__(self, name, None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able record; settings that the strategy ignores are left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Protocol:
+        """The protocol of a result's record."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(record) - known)
+        if unknown:
+            raise ValueError(f"unknown protocol settings: {', '.join(unknown)}")
+        tasks = tuple(_task(task) for task in record["tasks"])
+        return cls(**{**record, "tasks": tasks})
+
+    @property
+    def name(self) -> str:
+        """Strategy, seed and a hash of everything else: the result's file name."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True)
+        digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
+        return f"{self.strategy}-seed{self.seed}-{digest}"
+
+    def with_strategy(self, strategy: str, **settings: Any) -> Protocol:
+        """The same protocol for another strategy, at its settings."""
+        defaults = {key: getattr(Protocol, key) for key in _OWN_SETTINGS.get(strategy, ())}
+        return replace(self, strategy=strategy, **{**defaults, **settings})
+
+
+def _task(record: Mapping[str, Any]) -> Task:
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    return Task(**tuples)
+
+
+# quick: real data, minutes on a T4. published: the settings of the published table.
+PRESETS: dict[str, Protocol] = {
+    "smoke": Protocol(),
+    "quick": Protocol(
+        model="distilbert-base-uncased",
+        data="hub",
+        train_size=1000,
+        test_size=300,
+        max_length=128,
+        epochs=1,
+        batch_size=16,
+        learning_rate=5e-5,
+        warmup_steps=20,
+    ),
+    "published": Protocol(
+        model="gpt2",
+        data="hub",
+        train_size=0.05,
+        test_size=0.01,
+        max_length=256,
+        epochs=3,
+        batch_size=8,
+        learning_rate=2e-5,
+        weight_decay=0.01,
+        warmup_steps=50,
+        seed=42,
+    ),
+}

@@ -1,0 +1,91 @@
+"""Where a result comes from: machine, package versions, commit, date and command line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "bitstack_nb",
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+)
+
+
+def provenance(*, command: str | None = None) -> dict[str, Any]:
+    """Describe this process as a JSON-able dict; what cannot be found out is None.
+
+    ``command`` is the command line that repeats the run; by default the one that started this
+    process, quoted as a shell would take it. The date is UTC, ISO 8601.
+    """
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        # Not sys.argv: under `python -m` its first word is a file that no shell can run.
+        "command": shlex.join(sys.orig_argv) if command is None else command,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": git_state(Path(__file__).resolve()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str | None:
+    """The processor's name; Linux tells it in /proc only, and not on every architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), None) or platform.processor() or platform.machine() or None
+
+
+def git_state(file: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that tracks ``file``, and whether its folder differs from it.
+
+    Only that folder is compared: results written next to it do not make the code another one.
+    """
+    try:
+        # A package installed inside some other repository (a venv in a project) is not tracked.
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        commit = _git(file.parent, "rev-parse", "HEAD")
+        dirty = bool(_git(file.parent, "status", "--porcelain", "--", "."))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": dirty}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=10,
+    )
+    return done.stdout.strip()

@@ -1,0 +1,211 @@
+"""Drawing a task's samples from a source: how many rows, which, and as text and label.
+
+Scope: `take` chooses among rows in visiting order, so that a table on disk and a stream of the Hub
+are sampled by the same code; `draw` and `draw_both` lead a source's rows past it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import datasets
+import numpy as np
+
+from bitstack_nb.sources import DataError, Source, hub_errors
+
+if TYPE_CHECKING:
+    from bitstack_nb.tasks import Task
+
+SAMPLINGS = ("stratified", "head")
+_STREAM_ROWS = 10_000  # up to this many rows streaming is quicker than fetching the whole split
+_T = TypeVar("_T")
+
+
+def is_integer(value: Any) -> bool:
+    """An integer of Python or numpy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_size(name: str, size: int | float) -> None:
+    """Raise a DataError unless `size` is a number of rows (int) or a fraction of them (float)."""
+    if is_integer(size) and size >= 1:
+        return
+    if isinstance(size, float) and math.isfinite(size) and 0 < size <= 1:
+        return
+    raise DataError(
+        f"{name} is {size!r}: give a number of rows (an integer, 1 or more) or a fraction of the "
+        "split (a float above 0, up to 1.0)"
+    )
+
+
+def rows_wanted(size: int | float, total: int) -> int:
+    """Rows that a valid `size` asks for in a split of `total` rows; it may be more than there are.
+
+    Fractions are rounded to the nearest row, as in the slices of `datasets`, but give one at least.
+    """
+    return int(size) if is_integer(size) else max(1, round(size * total))
+
+
+def take(visits: Iterable[tuple[int, _T]], size: int, num_labels: int, sampling: str) -> list[_T]:
+    """The rows of a sample, in the order they were visited.
+
+    "head" takes the first `size` visits. "stratified" takes an equal share of every class (where
+    `size` does not divide evenly, the low labels get one more) and, where a class runs short, the
+    earliest visits of the others. It stops visiting as soon as every class has its share.
+
+    Args:
+        visits: pairs of a label, 0 .. num_labels - 1, and a row.
+        size: rows wanted, 1 or more.
+        num_labels: classes.
+        sampling: "stratified" or "head".
+
+    Returns:
+        `size` rows, or all there were if they are fewer.
+    """
+    if sampling == "head":
+        return [row for _, row in itertools.islice(visits, size)]
+    shares = [size // num_labels + (label < size % num_labels) for label in range(num_labels)]
+    kept: list[list[tuple[int, _T]]] = [[] for _ in shares]
+    unfilled = sum(share > 0 for share in shares)
+    for position, (label, row) in enumerate(visits):
+        if len(kept[label]) < size:
+            kept[label].append((position, row))
+            unfilled -= len(kept[label]) == shares[label]
+        if not unfilled:
+            break
+    quotas = _fill_up(shares, [len(rows) for rows in kept])
+    chosen = itertools.chain(*(rows[:quota] for rows, quota in zip(kept, quotas, strict=True)))
+    return [row for _, row in sorted(chosen, key=lambda visit: visit[0])]
+
+
+def _fill_up(shares: list[int], counts: list[int]) -> list[int]:
+    """Rows to take per class: its share where it has that many, the rest spread over the others."""
+    quotas = [min(share, count) for share, count in zip(shares, counts, strict=True)]
+    while short := sum(shares) - sum(quotas):
+        spare = [label for label, count in enumerate(counts) if quotas[label] < count]
+        if not spare:
+            break
+        step = max(1, short // len(spare))
+        for label in spare[:short]:
+            quotas[label] += min(step, counts[label] - quotas[label])
+    return quotas
+
+
+def draw(
+    task: Task, source: Source, split: str, size: int | float, *, seed: int, sampling: str
+) -> datasets.Dataset:
+    """A sample of one split, streamed where that is quicker than fetching the split."""
+    small = is_integer(size) and size <= _STREAM_ROWS
+    stream = source.stream(split) if small else None
+    if stream is None:
+        table = source.table(split)
+        order = _order(len(table), seed, sampling)
+        rows = _take_rows(task, table, order, size, sampling, split)
+        return _sample(task, table.select(rows))
+    with hub_errors(task.dataset):
+        if sampling == "stratified":
+            stream = stream.shuffle(seed=seed, buffer_size=_STREAM_ROWS)
+        drawn = take(_visit_stream(task, stream), size, task.num_labels, sampling)
+    _check_enough(task, size, len(drawn), split)
+    return _sample(task, drawn)
+
+
+def draw_both(
+    task: Task, source: Source, sizes: tuple[int | float, int | float], *, seed: int, sampling: str
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training and held-out rows, both of the training split."""
+    table = source.table("train")
+    order = _order(len(table), seed, sampling)
+    rows = _take_rows(task, table, order, sizes[0], sampling, "train")
+    rest = order[~np.isin(order, rows)]
+    wanted = rows_wanted(sizes[1], len(table))
+    if wanted > len(rest):
+        raise DataError(
+            f"{task.dataset}: {len(rows)} training and {wanted} held-out rows asked for, but the "
+            f"train split holds {len(table)}: ask for fewer"
+        )
+    if sampling == "stratified":
+        # From the far end, so that more or fewer training rows leave the held-out ones alone.
+        rest = rest[::-1]
+    held_out = _take_rows(task, table, rest, wanted, sampling, "train")
+    return _sample(task, table.select(rows)), _sample(task, table.select(held_out))
+
+
+def _order(rows: int, seed: int, sampling: str) -> np.ndarray:
+    """Row numbers in visiting order: as they are for "head", else a seeded permutation."""
+    return np.random.default_rng(seed).permutation(rows) if sampling != "head" else np.arange(rows)
+
+
+def _take_rows(
+    task: Task,
+    table: datasets.Dataset,
+    order: np.ndarray,
+    size: int | float,
+    sampling: str,
+    split: str,
+) -> list[int]:
+    """Row numbers of a sample of a table."""
+    _check_columns(task, table.column_names)
+    wanted = rows_wanted(size, len(table))
+    _check_enough(task, wanted, len(table), split)
+    labels = [_label(task, value) for value in table[task.label][:]]
+    visits = ((labels[row], row) for row in order.tolist())
+    return take(visits, wanted, task.num_labels, sampling)
+
+
+def _visit_stream(
+    task: Task, stream: datasets.IterableDataset
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, row in enumerate(stream):
+        if number == 0:
+            _check_columns(task, list(row))
+        yield _label(task, row[task.label]), row
+
+
+def _sample(task: Task, rows: datasets.Dataset | list[dict[str, Any]]) -> datasets.Dataset:
+    """Rows of the source as a dataset of `text` and `label`, in memory."""
+    texts, labels = [], []
+    for row in rows:
+        texts.append(" ".join(str(row[column]) for column in task.text if row[column]))
+        labels.append(_label(task, row[task.label]))
+    blank = sum(not text.strip() for text in texts)
+    if blank:
+        raise DataError(
+            f"{task.dataset}: {blank} of {len(texts)} rows drawn hold no text in "
+            f"{', '.join(task.text)}: name other columns, or drop those rows from the data"
+        )
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.Value("int64")}
+    )
+    return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+
+
+def _label(task: Task, value: Any) -> int:
+    """The task's label for a label of the dataset."""
+    known = task.num_labels if task.relabel is None else len(task.relabel)
+    if not is_integer(value) or not 0 <= value < known:
+        raise DataError(
+            f"{task.dataset}: label {value!r} in column {task.label!r}, but task {task.name} "
+            f"expects 0 to {known - 1}: correct label, num_labels or relabel"
+        )
+    return int(value) if task.relabel is None else task.relabel[value]
+
+
+def _check_columns(task: Task, columns: list[str]) -> None:
+    absent = [column for column in (*task.text, task.label) if column not in columns]
+    if absent:
+        raise DataError(
+            f"{task.dataset} has no column {absent[0]!r}: its columns are {', '.join(columns)}"
+        )
+
+
+def _check_enough(task: Task, wanted: int, there: int, split: str) -> None:
+    if wanted > there:
+        raise DataError(
+            f"{task.dataset}: {wanted} rows asked for, but the {split} split holds {there}: "
+            "ask for fewer"
+        )

@@ -1,0 +1,97 @@
+"""Ways to train one backbone on a sequence of tasks: one small class each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from bitstack_nb.protocol import Protocol
+from bitstack_nb.stack import BitStack
+
+
+class FineTune:
+    """Plain fine-tuning, task after task: what forgets. Base of the other strategies."""
+
+    def __init__(self, model: nn.Module, protocol: Protocol) -> None:
+        self.model = model
+
+    @staticmethod
+    def stages(n_tasks: int) -> list[list[int]]:
+        """Task indices that are trained on together, stage by stage."""
+        return [[task] for task in range(n_tasks)]
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What the Trainer of a stage has to call."""
+        return []
+
+    def after_stage(self, loader: Iterable[Mapping[str, Any]]) -> None:
+        """Called after each stage with batches of its training data."""
+
+    def stats(self) -> dict[str, float] | None:
+        """Lock statistics, for strategies that lock."""
+        return None
+
+    def layer_records(self) -> list[dict[str, Any]]:
+        """Rows of the stack's layer table, for strategies that lock."""
+        return []
+
+    def save(self, folder: Path) -> None:
+        """Write what the strategy knows besides the model into an existing folder."""
+
+    def load(self, folder: Path) -> None:
+        """The counterpart of :meth:`save`."""
+
+
+class Masked(FineTune):
+    """BitStack: lock what mattered after each task."""
+
+    def __init__(self, model: nn.Module, protocol: Protocol) -> None:
+        super().__init__(model, protocol)
+        self._n_batches = protocol.n_batches
+        self._stack = BitStack(model, protocol.sparsity, budget=protocol.budget)
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Keeps locked entries exact, and verifies them after the stage."""
+        return [self._stack.callback()]
+
+    def after_stage(self, loader: Iterable[Mapping[str, Any]]) -> None:
+        """Lock the entries that matter for the stage's task."""
+        self._stack.update(loader, n_batches=self._n_batches)
+
+    def stats(self) -> dict[str, float] | None:
+        """The stack's statistics."""
+        return self._stack.stats()
+
+    def layer_records(self) -> list[dict[str, Any]]:
+        """The stack's layer table, a record per row."""
+        table = self._stack.layer_table()
+        table["layer"] = table["layer"].astype(object).where(table["layer"].notna(), None)
+        return table.to_dict("records")
+
+    def save(self, folder: Path) -> None:
+        """Masks and locked values."""
+        self._stack.save(folder / "masks.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Masks and locked values; the hooks are back too."""
+        self._stack = BitStack.load(folder / "masks.safetensors", self.model)
+
+
+class Joint(FineTune):
+    """All tasks at once: the upper bound, which no method for sequences is given."""
+
+    @staticmethod
+    def stages(n_tasks: int) -> list[list[int]]:
+        """One stage of all tasks."""
+        return [list(range(n_tasks))]
+
+
+STRATEGIES: dict[str, type[FineTune]] = {
+    "finetune": FineTune,
+    "bitstack": Masked,
+    "joint": Joint,
+}

@@ -1,0 +1,229 @@
+"""The tasks of the benchmark and the samples drawn from them.
+
+Scope: what a task is, the five published ones, and `load_task`, which gives a task's training and
+test samples with a record of where they came from. The rows come from `sources.py`, the choice
+among them from `sampling.py`; tokenizing is the backbone's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+
+from bitstack_nb.sampling import SAMPLINGS, check_size, draw, draw_both, is_integer
+from bitstack_nb.sources import DataError, open_source
+
+logger = logging.getLogger(__name__)
+
+EVALUATIONS = ("test", "heldout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A text-classification task: where its rows are and which columns to use.
+
+    Attributes:
+        name: short, used in tables, file names and state dicts: letters, digits, "_", "-", ".".
+        dataset: Hub id ("stanfordnlp/imdb"); its last part names the folder under a data folder.
+        text: the columns that make up the text, joined by a space; empty ones are skipped.
+        label: the column of integer labels, 0 and up.
+        num_labels: classes of the task, after `relabel`.
+        relabel: the task's label for each label of the dataset; (0, 0, 1, 1) merges four into two.
+        config: the Hub's configuration name, where the dataset has several.
+
+    Raises:
+        DataError: a field that cannot be right.
+    """
+
+    name: str
+    dataset: str
+    text: tuple[str, ...]
+    label: str
+    num_labels: int
+    relabel: tuple[int, ...] | None = None
+    config: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w.-]+", self.name):
+            raise DataError(f"task name {self.name!r}: use letters, digits, '_', '-' and '.' only")
+        for field, value in (("dataset", self.dataset), ("label", self.label)):
+            if not isinstance(value, str) or not value.strip("/"):
+                raise DataError(f"task {self.name}: {field} is {value!r}: give a name")
+        # A list, as JSON gives it back, is welcome; a bare string would be read letter by letter.
+        text = tuple(self.text) if isinstance(self.text, tuple | list) else ()
+        if not text or not all(isinstance(column, str) and column for column in text):
+            raise DataError(
+                f"task {self.name}: text is {self.text!r}: give a tuple of columns, as ('text',)"
+            )
+        object.__setattr__(self, "text", text)
+        if not is_integer(self.num_labels) or self.num_labels < 2:
+            raise DataError(f"task {self.name}: num_labels is {self.num_labels!r}: give 2 or more")
+        if self.relabel is not None:
+            relabel = tuple(self.relabel) if isinstance(self.relabel, tuple | list) else ()
+            if not all(map(is_integer, relabel)) or set(relabel) != set(range(self.num_labels)):
+                raise DataError(
+                    f"task {self.name}: relabel is {self.relabel!r}: every label from 0 to "
+                    f"{self.num_labels - 1} has to occur, and no other"
+                )
+            object.__setattr__(self, "relabel", relabel)
+
+
+FIVE_TASKS: tuple[Task, ...] = (
+    Task(name="imdb", dataset="stanfordnlp/imdb", text=("text",), label="label", num_labels=2),
+    Task(name="ag_news", dataset="fancyzhx/ag_news", text=("text",), label="label", num_labels=4),
+    Task(
+        name="dbpedia",
+        dataset="fancyzhx/dbpedia_14",
+        text=("title", "content"),
+        label="label",
+        num_labels=14,
+    ),
+    Task(name="yelp", dataset="Yelp/yelp_review_full", text=("text",), label="label", num_labels=5),
+    Task(
+        name="yahoo",
+        dataset="community-datasets/yahoo_answers_topics",
+        text=("question_title", "question_content", "best_answer"),
+        label="topic",
+        num_labels=10,
+    ),
+)
+AG_NEWS_BINARY = Task(  # World and Sports against Business and Sci/Tech
+    name="ag_news_binary",
+    dataset="fancyzhx/ag_news",
+    text=("text",),
+    label="label",
+    num_labels=2,
+    relabel=(0, 0, 1, 1),
+)
+
+
+def find_task(name: str) -> Task:
+    """The known task of this name; a DataError lists the names there are."""
+    known = {task.name: task for task in (*FIVE_TASKS, AG_NEWS_BINARY)}
+    if name not in known:
+        raise DataError(f"unknown task {name!r}: use one of {', '.join(known)}, or your own Task")
+    return known[name]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The samples of a task.
+
+    Attributes:
+        task: the task they were drawn for.
+        train, test: columns `text` (string) and `label` (int64, the task's labels), in memory.
+        provenance: JSON-able: source, dataset, its revision, file hashes or generator, how it was
+            drawn, and per split the rows, the SHA-256 of the sample and the classes missing in it.
+    """
+
+    task: Task
+    train: datasets.Dataset
+    test: datasets.Dataset
+    provenance: dict
+
+
+def load_task(
+    task: Task,
+    data: str,
+    *,
+    train_size: int | float,
+    test_size: int | float,
+    seed: int,
+    sampling: str = "stratified",
+    evaluate_on: str = "test",
+) -> TaskData:
+    """Draw a task's training and test samples.
+
+    The test sample of one seed is the same for every `train_size`; for "heldout" that holds as long
+    as the training sample leaves those rows free.
+
+    Args:
+        task: what to load.
+        data: "hub", "embedded" (synthetic), or a folder with FOLDER/<dataset>/train.parquet and
+            test.parquet, <dataset> being the last part of the Hub id.
+        train_size, test_size: an int is a number of examples, a float a fraction of the split.
+        seed: of the drawing; the global random generators are left alone.
+        sampling: "stratified" visits the rows in random order and takes an equal share of each
+            class, others filling up where one runs short. "head" takes the first rows.
+        evaluate_on: "test", or "heldout": the test sample comes from the training split too, from
+            rows that are not in the training sample, and the test split is never read.
+
+    Raises:
+        DataError: the data are out of reach or do not fit the task or the sizes.
+    """
+    for name, value, known in (
+        ("sampling", sampling, SAMPLINGS),
+        ("evaluate_on", evaluate_on, EVALUATIONS),
+    ):
+        if value not in known:
+            raise DataError(f"unknown {name} {value!r}: use {' or '.join(known)}")
+    if not is_integer(seed) or seed < 0:
+        raise DataError(f"seed is {seed!r}: give an integer, 0 or more")
+    check_size("train_size", train_size)
+    check_size("test_size", test_size)
+    # Synthetic rows exist per dataset, whatever a task makes of its labels.
+    embedded = next((five.name for five in FIVE_TASKS if five.dataset == task.dataset), None)
+    source = open_source(data, task.dataset, config=task.config, embedded=embedded)
+    if evaluate_on == "heldout":
+        sizes = (train_size, test_size)
+        train, test = draw_both(task, source, sizes, seed=seed, sampling=sampling)
+    else:
+        train = draw(task, source, "train", train_size, seed=seed, sampling=sampling)
+        test = draw(task, source, "test", test_size, seed=seed, sampling=sampling)
+    samples = {"train": train, "test": test}
+    counts = {
+        split: np.bincount(sample["label"][:], minlength=task.num_labels)
+        for split, sample in samples.items()
+    }
+    missing = {split: np.flatnonzero(found == 0).tolist() for split, found in counts.items()}
+    _report_missing(task, missing, counts, sampling)
+    provenance = {
+        **source.provenance(),
+        "drawn": {"sampling": sampling, "evaluate_on": evaluate_on, "seed": int(seed)},
+        "rows": {split: len(sample) for split, sample in samples.items()},
+        "sample": {split: _fingerprint(sample) for split, sample in samples.items()},
+        "missing_classes": missing,
+    }
+    return TaskData(task, train, test, provenance)
+
+
+def _report_missing(
+    task: Task, missing: dict[str, list[int]], counts: dict[str, np.ndarray], sampling: str
+) -> None:
+    """One warning for all classes that did not make it into a sample."""
+    parts = []
+    for split, labels in missing.items():
+        if labels:
+            part = f"the {split} sample has none of {_ranges(labels)}"
+            if sampling == "head":
+                held = np.flatnonzero(counts[split]).tolist()
+                part += f" (the first {counts[split].sum()} rows hold {_ranges(held)} only)"
+            parts.append(part)
+    if parts:
+        logger.warning("%s, %d classes: %s", task.name, task.num_labels, "; ".join(parts))
+
+
+def _ranges(labels: list[int]) -> str:
+    """Sorted labels, runs of them shortened: "class 0, 2-9"."""
+    runs: list[list[int]] = []
+    for label in labels:
+        if runs and label == runs[-1][1] + 1:
+            runs[-1][1] = label
+        else:
+            runs.append([label, label])
+    return "class " + ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
+
+
+def _fingerprint(sample: datasets.Dataset) -> str:
+    """SHA-256 over the sample's rows in order, each as a line of JSON: [text, label]."""
+    digest = hashlib.sha256()
+    for row in sample:
+        line = json.dumps([row["text"], row["label"]], ensure_ascii=False)
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,186 @@
+"""Training and evaluation of one model on encoded tasks, by the transformers ``Trainer``."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from bitstack_nb.heads import Heads
+from bitstack_nb.protocol import Protocol
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
+
+class MultiHead(nn.Module):
+    """One backbone under several heads at once; each row of a batch is scored by its task's.
+
+    Its forward takes a batch with ``task`` (int64 ``[batch]``, index into the heads' names) and
+    returns the mean loss over the rows.
+    """
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.backbone = heads.model
+        self.heads = nn.ModuleList(heads.modules().values())
+        self._swap = heads
+
+    def forward(
+        self,
+        task: torch.Tensor,
+        labels: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Loss over a batch that mixes tasks: ``{"loss": float scalar}``."""
+        columns = {
+            "labels": labels,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        loss = input_ids.new_zeros((), dtype=torch.float32)
+        for index in task.unique().tolist():
+            rows = task == index
+            model = self._swap.use(self._swap.names[index])
+            own = {name: c[rows] for name, c in columns.items() if c is not None}
+            loss = loss + model(**own).loss.float() * rows.sum() / len(task)
+        return {"loss": loss}
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    collate: Collate,
+    *,
+    protocol: Protocol,
+    seed: int,
+    device: torch.device,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
+    """Train in place. Batches are grouped by length; GPUs get bf16 or fp16 autocast."""
+    with _trainer(model, collate, protocol, device, seed, callbacks) as trainer:
+        trainer.train_dataset = data
+        trainer.train()
+
+
+def accuracy(
+    model: nn.Module,
+    data: Dataset,
+    collate: Collate,
+    *,
+    protocol: Protocol,
+    device: torch.device,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> float:
+    """Percent of the examples that the model classifies as labelled."""
+    with _trainer(model, collate, protocol, device, 0, callbacks) as trainer:
+        # Sorted, so that a batch needs little padding; accuracy does not depend on the order.
+        prediction = trainer.predict(data.sort("length"))
+    return 100 * float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
+
+
+@contextmanager
+def _trainer(
+    model: nn.Module,
+    collate: Collate,
+    protocol: Protocol,
+    device: torch.device,
+    seed: int,
+    callbacks: Sequence[TrainerCallback],
+) -> Iterator[Trainer]:
+    half = _half_precision(device)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=protocol.batch_size,
+            per_device_eval_batch_size=4 * protocol.batch_size,
+            num_train_epochs=protocol.epochs,
+            learning_rate=protocol.learning_rate,
+            weight_decay=protocol.weight_decay,
+            warmup_steps=protocol.warmup_steps,
+            train_sampling_strategy="group_by_length",
+            length_column_name="length",
+            remove_unused_columns=False,
+            label_names=["labels"],
+            seed=seed,
+            use_cpu=device.type == "cpu",
+            bf16=half == "bf16",
+            fp16=half == "fp16",
+            dataloader_pin_memory=device.type == "cuda",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            model=model, args=arguments, data_collator=collate, callbacks=list(callbacks)
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            yield trainer
+        finally:
+            # accelerate leaves its autocast wrapper, and the next Trainer would add another.
+            if "_original_forward" in vars(model):
+                del model.forward, model._original_forward
+
+
+def _half_precision(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    # A T4 emulates bf16, slowly; fp16 is what its tensor cores do.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def find_device(name: str) -> torch.device:
+    """The device for ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {name!r}, expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch sees no GPU here: use auto or cpu")
+    found = "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    return torch.device(found)
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over all training and evaluation batches of a run."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Count a training step."""
+        self._bar.update(1)
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """Count an evaluation batch."""
+        self._bar.update(1)
+
+
+@contextmanager
+def undisturbed_rng() -> Iterator[None]:
+    """Give back the global generators of torch, numpy and random as found (Trainer seeds them)."""
+    python, legacy = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(legacy)

@@ -65,21 +65,18 @@ def load_pretrained(
             model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
                 path, config=config, dtype=torch.float32, output_loading_info=True, **options
             )
-        except BackboneError:
-            raise
-        except Exception as error:  # anything from OSError to SafetensorError, by version
-            raise BackboneError(
-                f"{name}: transformers cannot load it ({_first_line(error)}); check the files, or"
-                " take another model, e.g. tiny-gpt2"
-            ) from error
+    except BackboneError:
+        raise
+    except Exception as error:  # anything from OSError to SafetensorError, by version
+        raise BackboneError(
+            f"{name}: transformers cannot load it ({_first_line(error)}); check the files, or"
+            " take another model, e.g. tiny-gpt2"
+        ) from error
     prefix = f"{model.base_model_prefix}."
     drawn = sorted(key for key in report["missing_keys"] if key.startswith(prefix))
     if drawn:
-        # The report that names them is silenced with the usual one about the head.
-        logger.warning(
-            "%s: the checkpoint lacks %d backbone tensors, now random: %s%s",
-            *(name, len(drawn), ", ".join(drawn[:3]), ", ..." if len(drawn) > 3 else ""),
-        )
+        # transformers' report, silenced because it always names the head, would have said so.
+        logger.warning("%s: not in the checkpoint, so random: %s", name, ", ".join(drawn))
     return model, tokenizer, source
 
 

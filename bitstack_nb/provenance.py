@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from bitstack_nb.version import __version__
+
 PACKAGES = (
-    "bitstack_nb",
     "torch",
     "transformers",
     "datasets",
@@ -43,7 +44,8 @@ def provenance(*, command: str | None = None) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus,
-        "packages": {name: _version(name) for name in PACKAGES},
+        # From the code: a clone that was not installed (Colab) has no metadata.
+        "packages": {"bitstack_nb": __version__} | {name: _version(name) for name in PACKAGES},
         "git": git_state(Path(__file__).resolve()),
     }
 

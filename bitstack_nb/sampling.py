@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
+import random
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from bitstack_nb.tasks import Task
 
 SAMPLINGS = ("stratified", "head")
-_STREAM_ROWS = 10_000  # up to this many rows streaming is quicker than fetching the whole split
+# Up to this many rows streaming is quicker than fetching the split; the shuffle buffer's size, too.
+_STREAM_ROWS = 10_000
 _T = TypeVar("_T")
 
 
@@ -107,9 +109,10 @@ def draw(
         rows = _take_rows(task, table, order, size, sampling, split)
         return _sample(task, table.select(rows))
     with hub_errors(task.dataset):
+        visits = _visit_stream(task, stream)
         if sampling == "stratified":
-            stream = stream.shuffle(seed=seed, buffer_size=_STREAM_ROWS)
-        drawn = take(_visit_stream(task, stream), size, task.num_labels, sampling)
+            visits = _shuffle(visits, seed, _STREAM_ROWS)
+        drawn = take(visits, size, task.num_labels, sampling)
     _check_enough(task, size, len(drawn), split)
     return _sample(task, drawn)
 
@@ -164,6 +167,25 @@ def _visit_stream(
         if number == 0:
             _check_columns(task, list(row))
         yield _label(task, row[task.label]), row
+
+
+def _shuffle(visits: Iterable[_T], seed: int, buffer_size: int) -> Iterator[_T]:
+    """Visits in a random order, each from a buffer of those that lie near it in the stream.
+
+    Not `IterableDataset.shuffle`: its order changed between datasets 4 and 5, so that a seed would
+    name two samples, and in 5 it sleeps for 5 s whenever a shuffled stream ends.
+    """
+    rng = random.Random(seed)
+    buffer: list[_T] = []
+    for visit in visits:
+        if len(buffer) < buffer_size:
+            buffer.append(visit)
+            continue
+        place = rng.randrange(buffer_size)
+        yield buffer[place]
+        buffer[place] = visit
+    rng.shuffle(buffer)
+    yield from buffer
 
 
 def _sample(task: Task, rows: datasets.Dataset | list[dict[str, Any]]) -> datasets.Dataset:

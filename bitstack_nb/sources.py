@@ -183,4 +183,5 @@ def hub_errors(dataset: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+    # The first sentence says what happened; what the clients advise next is about their own ways.
+    return f"{type(error).__name__}: {lines[0].split('. ')[0][:160]}" if lines else repr(error)

@@ -95,10 +95,8 @@ class Optimizers(Case):
                     stack.verify()
 
     def test_lbfgs_closure(self):
-        model, optimizer, stack = self.locked_model(
-            partial(SGD, lr=0.1), build=partial(tiny.plain, depth=1)
-        )
-        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
+        model, _, stack = self.locked_model(partial(SGD, lr=0.1), build=tiny.llama)
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
         batch = tiny.batches(1, seed=1)[0]
         model.eval()
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import bitstack_nb
 from bitstack_nb.metrics import mean_interval, summarize
 from bitstack_nb.provenance import git_state
 from bitstack_nb.results import (
@@ -283,6 +284,7 @@ def test_provenance_describes_this_process_and_leaves_the_rng():
     assert json.loads(json.dumps(found)) == found
     assert found["packages"]["torch"] == torch.__version__
     assert found["packages"]["numpy"] == np.__version__
+    assert found["packages"]["bitstack_nb"] == bitstack_nb.__version__
     assert found["torch_threads"] == torch.get_num_threads()
     assert found["cpu"] and found["cores"] >= 1
     assert len(found["gpus"]) == torch.cuda.device_count()

@@ -1,0 +1,217 @@
+"""The Trainer callback: locked entries are exact after training by the transformers Trainer."""
+
+import logging
+import os
+import tempfile
+import unittest
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import tiny
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from transformers import (
+    BatchEncoding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from bitstack_nb import BitStack
+from bitstack_nb.stack import LockedEntriesMoved
+
+
+def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Single examples, as a Trainer's data set holds them."""
+    (batch,) = tiny.batches(1, seed=seed, size=count)
+    return [{key: value[i] for key, value in batch.items()} for i in range(count)]
+
+
+class Watch(TrainerCallback):
+    """Verifies after every optimizer step, and records what the gradients were before it."""
+
+    def __init__(self, stack: BitStack) -> None:
+        self.stack, self.steps, self.locked_gradient = stack, 0, 0.0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for name, mask in self.stack.masks.items():
+            gradient = model.get_parameter(name).grad
+            self.locked_gradient += float(gradient[mask].abs().sum())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+        self.stack.verify()
+
+
+class WithTrainer(unittest.TestCase):
+    def setUp(self):
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        logger = logging.getLogger("transformers")
+        self.addCleanup(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
+
+    def trainer(self, model, callbacks, *, count=24, seed=1, **arguments) -> Trainer:
+        settings = {
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 1,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+            **arguments,
+        }
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(output_dir=str(self.folder), **settings),
+            train_dataset=rows(count, seed),
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def locked(self, model, sparsity=0.3) -> BitStack:
+        stack = BitStack(model, sparsity)
+        stack.update(tiny.batches(2, seed=0))
+        return stack
+
+    def assert_held(self, stack, model, before):
+        changed = tiny.changed(model, before)
+        for name, mask in stack.masks.items():
+            self.assertFalse(changed[name][mask].any(), name)
+        free = sum(int((~mask).sum()) for mask in stack.masks.values())
+        self.assertGreater(sum(int(changed[n].sum()) for n in stack.masks), 0.5 * free)
+        self.assertEqual(stack.verify(), 0)
+
+    def test_locked_entries_are_exact(self):
+        for name, (build, arguments, steps) in {
+            "plain": (tiny.gpt2, {}, 6),
+            "accumulation": (tiny.bert, {"gradient_accumulation_steps": 3}, 2),
+            "clipping and warm-up": (tiny.gpt2, {"max_grad_norm": 0.1, "warmup_steps": 2}, 6),
+            "bfloat16": (tiny.gpt2, {"bf16": True}, 6),
+            "Adafactor": (tiny.bert, {"optim": "adafactor"}, 6),
+            "checkpointing": (tiny.gpt2, {"gradient_checkpointing": True}, 6),
+        }.items():
+            with self.subTest(name):
+                model = build()
+                stack = self.locked(model)
+                watch = Watch(stack)
+                before, calls = tiny.snapshot(model), dict(stack.hook_calls)
+                self.trainer(model, [stack.callback(), watch], **arguments).train()
+                self.assertEqual((watch.steps, watch.locked_gradient), (steps, 0.0))
+                self.assert_held(stack, model, before)
+                for masked in stack.handles:
+                    self.assertEqual(stack.hook_calls[masked] - calls.get(masked, 0), 6)
+
+    def test_without_the_callback_they_move(self):
+        model = tiny.gpt2()
+        stack = self.locked(model)
+        self.trainer(model, None).train()
+        with self.assertRaises(LockedEntriesMoved):
+            stack.verify()
+
+    def test_tasks_in_sequence_with_one_trainer_each(self):
+        model = tiny.gpt2()
+        stack = BitStack(model, 0.15, budget="fresh")
+        for task in range(3):
+            before, masks = tiny.snapshot(model), dict(stack.masks)
+            self.trainer(model, [stack.callback()], seed=task).train()
+            for name, mask in masks.items():
+                self.assertFalse(tiny.changed(model, before)[name][mask].any(), name)
+            stack.update(tiny.batches(2, seed=task))
+        self.assertGreater(stack.stats()["frozen_pct"], 40)
+
+    def test_one_callback_through_two_trainings(self):
+        model = tiny.gpt2()
+        stack = self.locked(model)
+        trainer = self.trainer(model, [stack.callback()])
+        for _ in range(2):
+            before = tiny.snapshot(model)
+            trainer.train()
+            self.assert_held(stack, model, before)
+        masked = set(stack.handles)
+        self.assertEqual(masked, {name for name, mask in stack.masks.items() if mask.any()})
+
+    def test_two_callbacks_in_one_trainer(self):
+        model = tiny.gpt2()
+        stack = self.locked(model)
+        before, calls = tiny.snapshot(model), dict(stack.hook_calls)
+        trainer = self.trainer(model, [stack.callback(), stack.callback()])
+        trainer.train()
+        self.assert_held(stack, model, before)
+        for name in stack.handles:  # still one gradient hook per parameter
+            self.assertEqual(stack.hook_calls[name] - calls.get(name, 0), 6)
+        self.assertFalse(trainer.optimizer.optimizer._optimizer_step_post_hooks)
+
+    def test_the_optimizer_is_let_go_afterwards(self):
+        model = tiny.gpt2()
+        stack = self.locked(model)
+        mine = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+        stack.attach(mine)
+        trainer = self.trainer(model, [stack.callback()])
+        trainer.train()
+        self.assertFalse(trainer.optimizer.optimizer._optimizer_step_post_hooks)
+        before = tiny.snapshot(model)  # one attached by hand stays attached
+        tiny.train(model, mine, tiny.batches(2, seed=3))
+        self.assert_held(stack, model, before)
+
+    def test_the_end_of_training_tells_of_a_change_past_the_optimizer(self):
+        model = tiny.gpt2()
+        stack = self.locked(model)
+
+        class Meddle(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                with torch.no_grad():
+                    model.transformer.h[0].attn.c_attn.weight.add_(1e-3)
+
+        with self.assertRaisesRegex(LockedEntriesMoved, r"h\.0\.attn\.c_attn\.weight"):
+            self.trainer(model, [stack.callback(), Meddle()]).train()
+
+    def test_a_trainer_of_another_model(self):
+        stack = self.locked(tiny.gpt2())
+        with self.assertRaises(ValueError):
+            self.trainer(tiny.gpt2(), [stack.callback()]).train()
+
+    def test_update_after_training_measures_as_before_it(self):
+        """Half-precision training leaves a wrapped forward behind; importance stays float32."""
+        model = tiny.gpt2()
+        self.trainer(model, None, bf16=True).train()
+        fresh = tiny.gpt2()
+        fresh.load_state_dict(model.state_dict())
+        masks = [dict(self.locked(each, 0.1).masks) for each in (model, fresh)]
+        for name, mask in masks[0].items():
+            self.assertTrue(torch.equal(mask, masks[1][name]), name)
+
+
+class WithoutTrainer(unittest.TestCase):
+    def test_the_optimizer_that_accelerate_wraps(self):
+        self.addCleanup(AcceleratorState._reset_state)
+        self.addCleanup(PartialState._reset_state)
+        accelerator = Accelerator(cpu=True)
+        model = tiny.gpt2()
+        stack = BitStack(model, 0.3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        prepared, wrapped = accelerator.prepare(model, optimizer)
+        stack.attach(wrapped)
+        stack.update(tiny.batches(2, seed=0))
+        before = tiny.snapshot(model)
+        tiny.train(prepared, wrapped, tiny.batches(3, seed=1))
+        self.assertEqual(stack.verify(), 0)
+        self.assertTrue(any(c.any() for c in tiny.changed(model, before).values()))
+
+    def test_batches_as_a_tokenizer_makes_them(self):
+        plain, encoded = (BitStack(tiny.bert(), 0.2) for _ in range(2))
+        plain.update(tiny.batches(2, seed=0))
+        encoded.update([BatchEncoding(batch) for batch in tiny.batches(2, seed=0)])
+        for name, mask in plain.masks.items():
+            self.assertTrue(torch.equal(encoded.masks[name], mask), name)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         protocols = options.protocols(options)
         done = [_run(protocol, options) for protocol in protocols]
+        _report(done, options.output)
     except (ValueError, OSError) as error:
         logging.getLogger(__name__).debug("in full:", exc_info=True)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -39,7 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped: the same command goes on behind the last finished task", file=sys.stderr)
         return 130
-    _report(done, options.output)
     return 0
 
 
@@ -156,9 +156,11 @@ def _size(text: str) -> int | float:
 
 def _list(kind):
     def parse(text: str) -> list:
-        return [kind(part.strip()) for part in text.split(",")]
+        try:
+            return [kind(part.strip()) for part in text.split(",")]
+        except ValueError as error:  # argparse would leave out what it says
+            raise argparse.ArgumentTypeError(str(error)) from error
 
-    parse.__name__ = "comma-separated list"
     return parse
 
 

@@ -36,8 +36,10 @@ def measure(
             NaN or infinite.
         TypeError: a batch is not a mapping or the model's output has no loss.
     """
-    if n_batches < 1:
-        raise ValueError(f"n_batches is {n_batches}, expected at least 1")
+    if not isinstance(n_batches, int) or n_batches < 1:
+        raise ValueError(f"n_batches is {n_batches!r}, expected a whole number, at least 1")
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"loader is {loader!r}, expected an iterable of batches")
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     scores = {
         name: torch.zeros_like(p, dtype=torch.float32, requires_grad=False)

@@ -55,7 +55,8 @@ def layer_table(
         for name, size in sizes.items()
     ]
     columns = ["layer", "module", "task", "eligible", "selected", "added"]
-    table = pandas.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
+    types = dict.fromkeys(columns, "int64") | {"layer": "Int64", "module": "str"}
+    table = pandas.DataFrame(rows, columns=columns).astype(types)
     keys = ["layer", "module", "task"]
     table = table.groupby(keys, as_index=False, dropna=False, sort=False).sum()
     table["locked"] = table.groupby(keys[:2], dropna=False)["added"].cumsum()

@@ -1,13 +1,12 @@
 """Drawing a task's samples from a source: how many rows, which, and as text and label.
 
 Scope: `take` chooses among rows in visiting order, so that a table on disk and a stream of the Hub
-are sampled by the same code; `draw` and `draw_both` lead a source's rows past it.
+are sampled by the same code; `draw` and `draw_held_out` lead a source's rows past it.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import numbers
 import random
 from collections.abc import Iterable, Iterator
@@ -32,16 +31,21 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def check_size(name: str, size: int | float) -> None:
-    """Raise a DataError unless `size` is a number of rows (int) or a fraction of them (float)."""
-    if is_integer(size) and size >= 1:
-        return
-    if isinstance(size, float) and math.isfinite(size) and 0 < size <= 1:
-        return
-    raise DataError(
-        f"{name} is {size!r}: give a number of rows (an integer, 1 or more) or a fraction of the "
-        "split (a float above 0, up to 1.0)"
-    )
+def check_request(
+    *, train_size: int | float, test_size: int | float, seed: int, sampling: str
+) -> None:
+    """Raise a DataError for a size, seed or sampling that cannot be meant."""
+    if sampling not in SAMPLINGS:
+        raise DataError(f"unknown sampling {sampling!r}: use {' or '.join(SAMPLINGS)}")
+    if not is_integer(seed) or seed < 0:
+        raise DataError(f"seed is {seed!r}: give an integer, 0 or more")
+    for name, size in (("train_size", train_size), ("test_size", test_size)):
+        fraction = isinstance(size, float) and 0 < size <= 1
+        if not fraction and not (is_integer(size) and size >= 1):
+            raise DataError(
+                f"{name} is {size!r}: give a number of rows (an integer, 1 or more) or a fraction "
+                "of the split (a float above 0, up to 1.0)"
+            )
 
 
 def rows_wanted(size: int | float, total: int) -> int:
@@ -99,43 +103,43 @@ def _fill_up(shares: list[int], counts: list[int]) -> list[int]:
 
 def draw(
     task: Task, source: Source, split: str, size: int | float, *, seed: int, sampling: str
-) -> datasets.Dataset:
-    """A sample of one split, streamed where that is quicker than fetching the split."""
-    small = is_integer(size) and size <= _STREAM_ROWS
-    stream = source.stream(split) if small else None
+) -> tuple[datasets.Dataset, list[int]]:
+    """A sample of one split (`text`, `label`) and its row numbers in that split.
+
+    Streamed where that is quicker than fetching the split. A DataError says what does not fit.
+    """
+    stream = source.stream(split) if is_integer(size) and size <= _STREAM_ROWS else None
     if stream is None:
         table = source.table(split)
         order = _order(len(table), seed, sampling)
         rows = _take_rows(task, table, order, size, sampling, split)
-        return _sample(task, table.select(rows))
+        return _sample(task, table.select(rows)), rows
     with hub_errors(task.dataset):
         visits = _visit_stream(task, stream)
         if sampling == "stratified":
             visits = _shuffle(visits, seed, _STREAM_ROWS)
         drawn = take(visits, size, task.num_labels, sampling)
     _check_enough(task, size, len(drawn), split)
-    return _sample(task, drawn)
+    return _sample(task, [row for _, row in drawn]), [number for number, _ in drawn]
 
 
-def draw_both(
-    task: Task, source: Source, sizes: tuple[int | float, int | float], *, seed: int, sampling: str
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training and held-out rows, both of the training split."""
+def draw_held_out(
+    task: Task, source: Source, taken: list[int], size: int | float, *, seed: int, sampling: str
+) -> datasets.Dataset:
+    """A sample of the training split without the rows `taken` from it for training."""
     table = source.table("train")
     order = _order(len(table), seed, sampling)
-    rows = _take_rows(task, table, order, sizes[0], sampling, "train")
-    rest = order[~np.isin(order, rows)]
-    wanted = rows_wanted(sizes[1], len(table))
+    rest = order[~np.isin(order, taken)]
+    wanted = rows_wanted(size, len(table))
     if wanted > len(rest):
         raise DataError(
-            f"{task.dataset}: {len(rows)} training and {wanted} held-out rows asked for, but the "
+            f"{task.dataset}: {len(taken)} training and {wanted} held-out rows asked for, but the "
             f"train split holds {len(table)}: ask for fewer"
         )
     if sampling == "stratified":
         # From the far end, so that more or fewer training rows leave the held-out ones alone.
         rest = rest[::-1]
-    held_out = _take_rows(task, table, rest, wanted, sampling, "train")
-    return _sample(task, table.select(rows)), _sample(task, table.select(held_out))
+    return _sample(task, table.select(_take_rows(task, table, rest, wanted, sampling, "train")))
 
 
 def _order(rows: int, seed: int, sampling: str) -> np.ndarray:
@@ -162,11 +166,12 @@ def _take_rows(
 
 def _visit_stream(
     task: Task, stream: datasets.IterableDataset
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, tuple[int, dict[str, Any]]]]:
+    """Label and (row number, row), as the rows come."""
     for number, row in enumerate(stream):
         if number == 0:
             _check_columns(task, list(row))
-        yield _label(task, row[task.label]), row
+        yield _label(task, row[task.label]), (number, row)
 
 
 def _shuffle(visits: Iterable[_T], seed: int, buffer_size: int) -> Iterator[_T]:

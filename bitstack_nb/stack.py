@@ -56,6 +56,7 @@ class BitStack:
 
     Raises:
         ValueError: a setting is out of range, or the model has no eligible entries.
+        TypeError: the model is no module.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class BitStack:
         budget: str = "union",
         importance: str = "gradient",
     ) -> None:
-        if not 0 <= sparsity <= 1:
-            raise ValueError(f"sparsity is {sparsity}, expected a share from 0 to 1, such as 0.12")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {model!r}, expected a torch.nn.Module")
+        if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
+            raise ValueError(f"sparsity is {sparsity!r}, expected a share from 0 to 1, as 0.12")
         if isinstance(exclude, str):
             raise ValueError(f"exclude is the string {exclude!r}, expected a list of strings")
         for what, value, known in (
@@ -168,9 +171,12 @@ class BitStack:
 
         Raises:
             ValueError: the optimizer holds none of the stack's parameters.
+            TypeError: it is no optimizer.
         """
         while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = optimizer.optimizer  # accelerate wraps the one that steps
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if held.isdisjoint(id(p) for p in self._parameters.values()):
             raise ValueError(

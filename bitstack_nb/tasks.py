@@ -14,9 +14,8 @@ import re
 from dataclasses import dataclass
 
 import datasets
-import numpy as np
 
-from bitstack_nb.sampling import SAMPLINGS, check_size, draw, draw_both, is_integer
+from bitstack_nb.sampling import check_request, draw, draw_held_out, is_integer
 from bitstack_nb.sources import DataError, open_source
 
 logger = logging.getLogger(__name__)
@@ -157,67 +156,55 @@ def load_task(
     Raises:
         DataError: the data are out of reach or do not fit the task or the sizes.
     """
-    for name, value, known in (
-        ("sampling", sampling, SAMPLINGS),
-        ("evaluate_on", evaluate_on, EVALUATIONS),
-    ):
-        if value not in known:
-            raise DataError(f"unknown {name} {value!r}: use {' or '.join(known)}")
-    if not is_integer(seed) or seed < 0:
-        raise DataError(f"seed is {seed!r}: give an integer, 0 or more")
-    check_size("train_size", train_size)
-    check_size("test_size", test_size)
+    if evaluate_on not in EVALUATIONS:
+        raise DataError(f"unknown evaluate_on {evaluate_on!r}: use {' or '.join(EVALUATIONS)}")
+    check_request(train_size=train_size, test_size=test_size, seed=seed, sampling=sampling)
     # Synthetic rows exist per dataset, whatever a task makes of its labels.
     embedded = next((five.name for five in FIVE_TASKS if five.dataset == task.dataset), None)
     source = open_source(data, task.dataset, config=task.config, embedded=embedded)
+    how = {"seed": int(seed), "sampling": sampling}
+    train, rows = draw(task, source, "train", train_size, **how)
     if evaluate_on == "heldout":
-        sizes = (train_size, test_size)
-        train, test = draw_both(task, source, sizes, seed=seed, sampling=sampling)
+        test = draw_held_out(task, source, rows, test_size, **how)
     else:
-        train = draw(task, source, "train", train_size, seed=seed, sampling=sampling)
-        test = draw(task, source, "test", test_size, seed=seed, sampling=sampling)
+        test, _ = draw(task, source, "test", test_size, **how)
     samples = {"train": train, "test": test}
-    counts = {
-        split: np.bincount(sample["label"][:], minlength=task.num_labels)
-        for split, sample in samples.items()
-    }
-    missing = {split: np.flatnonzero(found == 0).tolist() for split, found in counts.items()}
-    _report_missing(task, missing, counts, sampling)
     provenance = {
         **source.provenance(),
-        "drawn": {"sampling": sampling, "evaluate_on": evaluate_on, "seed": int(seed)},
+        "drawn": {**how, "evaluate_on": evaluate_on},
         "rows": {split: len(sample) for split, sample in samples.items()},
         "sample": {split: _fingerprint(sample) for split, sample in samples.items()},
-        "missing_classes": missing,
+        "missing_classes": _missing_classes(task, samples, sampling),
     }
     return TaskData(task, train, test, provenance)
 
 
-def _report_missing(
-    task: Task, missing: dict[str, list[int]], counts: dict[str, np.ndarray], sampling: str
-) -> None:
-    """One warning for all classes that did not make it into a sample."""
-    parts = []
-    for split, labels in missing.items():
-        if labels:
-            part = f"the {split} sample has none of {_ranges(labels)}"
-            if sampling == "head":
-                held = np.flatnonzero(counts[split]).tolist()
-                part += f" (the first {counts[split].sum()} rows hold {_ranges(held)} only)"
-            parts.append(part)
+def _missing_classes(
+    task: Task, samples: dict[str, datasets.Dataset], sampling: str
+) -> dict[str, list[int]]:
+    """Per split the classes without a row, reported in one warning if there are any."""
+    missing, parts = {}, []
+    for split, sample in samples.items():
+        held = sorted(set(sample["label"]))
+        missing[split] = sorted(set(range(task.num_labels)) - set(held))
+        part = f"the {split} sample has none of class {_ranges(missing[split])}"
+        if sampling == "head":
+            part += f" (the first {len(sample)} rows hold class {_ranges(held)} only)"
+        parts += [part] if missing[split] else []
     if parts:
         logger.warning("%s, %d classes: %s", task.name, task.num_labels, "; ".join(parts))
+    return missing
 
 
 def _ranges(labels: list[int]) -> str:
-    """Sorted labels, runs of them shortened: "class 0, 2-9"."""
+    """Sorted labels, runs of them shortened: "0, 2-9"."""
     runs: list[list[int]] = []
     for label in labels:
         if runs and label == runs[-1][1] + 1:
             runs[-1][1] = label
         else:
             runs.append([label, label])
-    return "class " + ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
 
 
 def _fingerprint(sample: datasets.Dataset) -> str:

@@ -93,7 +93,7 @@ def accuracy(
     """Percent of the examples that the model classifies as labelled."""
     with _trainer(model, collate, protocol, device, 0, callbacks) as trainer:
         # Sorted, so that a batch needs little padding; accuracy does not depend on the order.
-        prediction = trainer.predict(data.sort("length"))
+        prediction = trainer.predict(data.select(numpy.argsort(data["length"]).tolist()))
     return 100 * float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
 
 

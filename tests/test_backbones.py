@@ -149,6 +149,7 @@ def test_the_seed_draws_what_is_missing(name: str, folders: dict[str, Path]) -> 
 @pytest.mark.parametrize("name", ["tiny-gpt2", "bert"])
 def test_global_state_is_left_as_found(name: str, folders: dict[str, Path]) -> None:
     before = random_states()
+    transformers_logging.set_verbosity_warning()
     settings = transformers_logging.get_verbosity(), are_progress_bars_disabled()
     made = load_backbone(str(folders.get(name, name)), max_length=8, seed=5)
     heads = Heads(made.model, seed=5)
@@ -295,7 +296,7 @@ def test_without_network_a_cached_model_loads_and_another_is_a_quick_error(
         "HF_ENDPOINT": "http://127.0.0.1:9",  # nobody listens there
         "HF_HUB_CACHE": str(tmp_path),
         "HF_HUB_OFFLINE": "0",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
     }
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120

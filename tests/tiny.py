@@ -11,6 +11,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+# For tensors this small a second thread only waits, for seconds on a machine that is busy.
+torch.set_num_threads(1)
+
 VOCABULARY, CLASSES, LENGTH, WIDTH = 40, 3, 10, 16
 INTEGER_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -58,6 +61,19 @@ class Plain(nn.Module):
         return SimpleNamespace(
             loss=nn.functional.cross_entropy(logits.float(), labels) * loss_scale, logits=logits
         )
+
+
+class Body(nn.Module):
+    """`function(self)` is the loss; one eligible 20x10 weight, one head."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.body = nn.Linear(10, 20, bias=False)
+        self.classifier = nn.Linear(20, 3)
+        self.function = function
+
+    def forward(self, x, labels):
+        return self.function(self)
 
 
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -144,7 +160,7 @@ def expected_eligible(architecture: str, model: nn.Module) -> list[str]:
 
 
 def batches(count: int, *, seed: int, size: int = 6) -> list[dict[str, Tensor]]:
-    """`count` right-padded batches: input_ids, attention_mask int64 [size, LENGTH], labels [size]."""
+    """`count` right-padded batches of int64: ids and mask [size, LENGTH], labels [size]."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):

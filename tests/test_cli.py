@@ -1,0 +1,82 @@
+"""The command line: what a user types, sees, and is told when something is wrong."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bitstack_nb.__main__ import main
+from bitstack_nb.results import load_results
+
+FAST = ["--tasks", "imdb,ag_news", "--train-size", "32", "--test-size", "28", "--max-length", "16"]
+
+
+def test_main_job_in_a_process_of_its_own(tmp_path):
+    """As in the README, but smaller: runs, shows progress, compares, says where the JSON lies."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bitstack_nb", "run", *FAST, "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "100%" in done.stderr
+    for strategy in ("finetune", "bitstack"):
+        assert f"| {strategy} " in done.stdout
+    assert "synthetic" in done.stdout
+    files = list(tmp_path.glob("*.json"))
+    assert len(files) == 2
+    assert all(str(file) in done.stdout for file in files)
+
+
+def test_ablation_runs_every_sparsity_and_budget(tmp_path, capsys):
+    arguments = ["--sparsity", "0,0.3", "--budget", "union,fresh", "--output", str(tmp_path)]
+    assert main(["ablation", *FAST, *arguments, "--quiet"]) == 0
+    runs = {(r.protocol["sparsity"], r.protocol["budget"]) for r in load_results(tmp_path)}
+    assert runs == {(s, b) for s in (0.0, 0.3) for b in ("union", "fresh")}
+    assert "| bitstack" in capsys.readouterr().out
+
+
+def test_stronger_is_two_tasks_on_the_model_named(tmp_path, capsys):
+    options = ["--model", "tiny-gpt2", "--data", "embedded", "--output", str(tmp_path), "--quiet"]
+    assert main(["stronger", *FAST[2:], *options]) == 0
+    for result in load_results(tmp_path):
+        tasks = {task["name"]: task["num_labels"] for task in result.protocol["tasks"]}
+        assert tasks == {"imdb": 2, "ag_news_binary": 2}
+    capsys.readouterr()
+
+
+def test_seeds_give_an_interval(tmp_path, capsys):
+    options = ["--strategy", "finetune", "--seeds", "0,1", "--output", str(tmp_path), "--quiet"]
+    assert main(["run", *FAST, *options]) == 0
+    assert "±" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "/nowhere", "--model", "/nowhere"], "nowhere"),
+        (["--data", "hub", "--model", "tiny-gpt2"], "pretrained model"),
+        (["--model", "./no-such-folder"], "no-such-folder"),
+        (["--device", "cuda"], "use auto or cpu"),
+        (["--train-size", "100000"], "100000"),
+        (["--learning-rate", "-1"], "learning_rate"),
+    ],
+)
+def test_mistakes_get_one_line(tmp_path, capsys, arguments, message):
+    assert main(["run", *arguments, "--output", str(tmp_path / "out"), "--quiet"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["--strategy", "magic"], ["--tasks", "imbd"], ["--seeds", "x"]])
+def test_unknown_words_name_the_known_ones(capsys, options):
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", *options])
+    assert stopped.value.code == 2
+    assert "imdb" in capsys.readouterr().err or options[0] != "--tasks"

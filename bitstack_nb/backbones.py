@@ -10,16 +10,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import torch
 import transformers
 from torch import nn
 
 from bitstack_nb.checkpoints import BackboneError, load_pretrained
-
-if TYPE_CHECKING:
-    import datasets
 
 TINY = "tiny-gpt2"
 _TINY_POSITIONS = 256
@@ -83,7 +81,7 @@ def load_backbone(name: str, *, max_length: int, seed: int) -> Backbone:
 
 
 def encode(data: datasets.Dataset, backbone: Backbone) -> datasets.Dataset:
-    """Tokenize, cut at ``backbone.max_length`` and keep the result in memory, unpadded.
+    """Tokenize and cut at ``backbone.max_length``; in memory and unpadded.
 
     Args:
         data: columns ``text`` (str) and ``label`` (int).
@@ -100,14 +98,8 @@ def encode(data: datasets.Dataset, backbone: Backbone) -> datasets.Dataset:
             f"expected rows with the columns text and label, got {len(data)} rows with"
             f" {', '.join(data.column_names) or 'no columns'}"
         )
-    return data.map(
-        partial(_tokenize, tokenizer=backbone.tokenizer, max_length=backbone.max_length),
-        batched=True,
-        remove_columns=data.column_names,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        desc="tokens",
-    )
+    columns = _tokenize(data[:], tokenizer=backbone.tokenizer, max_length=backbone.max_length)
+    return datasets.Dataset.from_dict(columns)
 
 
 def collate(backbone: Backbone) -> Callable[[list[Mapping[str, Any]]], dict[str, torch.Tensor]]:

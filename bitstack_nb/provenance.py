@@ -36,8 +36,7 @@ def provenance(*, command: str | None = None) -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        # Not sys.argv: under `python -m` its first word is a file that no shell can run.
-        "command": shlex.join(sys.orig_argv) if command is None else command,
+        "command": _command_line() if command is None else command,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
@@ -48,6 +47,11 @@ def provenance(*, command: str | None = None) -> dict[str, Any]:
         "packages": {"bitstack_nb": __version__} | {name: _version(name) for name in PACKAGES},
         "git": git_state(Path(__file__).resolve()),
     }
+
+
+def _command_line() -> str:
+    """What a shell takes; not sys.argv, whose first word under ``python -m`` is a file's path."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def _version(package: str) -> str | None:

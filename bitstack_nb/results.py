@@ -13,12 +13,9 @@ from typing import TYPE_CHECKING, Any
 from bitstack_nb.files import replacing
 from bitstack_nb.metrics import accuracy_matrix, mean_interval
 from bitstack_nb.plain_json import canonical, plain, render
-from bitstack_nb.provenance import provenance
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = ["FORMAT", "Result", "ResultError", "format_table", "load_results", "provenance", "table"]
 
 FORMAT = 1
 

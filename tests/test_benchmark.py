@@ -128,11 +128,11 @@ def test_half_written_checkpoint_is_passed_over(results, tmp_path, monkeypatch):
 
 
 def test_global_random_state_is_left_alone(tmp_path):
-    torch.manual_seed(7), numpy.random.seed(7), random.seed(7)  # noqa: NPY002
-    expected = torch.rand(1), numpy.random.rand(), random.random()  # noqa: NPY002
-    torch.manual_seed(7), numpy.random.seed(7), random.seed(7)  # noqa: NPY002
+    torch.manual_seed(7), numpy.random.seed(7), random.seed(7)
+    expected = torch.rand(1), numpy.random.rand(), random.random()
+    torch.manual_seed(7), numpy.random.seed(7), random.seed(7)
     run(replace(SMALL, tasks=SMALL.tasks[:1], train_size=16), output=tmp_path)
-    assert (torch.rand(1), numpy.random.rand(), random.random()) == expected  # noqa: NPY002
+    assert (torch.rand(1), numpy.random.rand(), random.random()) == expected
 
 
 def test_own_task_and_order_of_seeds(tmp_path):
@@ -148,7 +148,9 @@ def test_own_task_and_order_of_seeds(tmp_path):
 def test_names_depend_on_what_matters():
     assert SMALL.name == replace(SMALL, sparsity=0.5, budget="fresh").name
     union, fresh = (SMALL.with_strategy("bitstack", budget=b) for b in ("union", "fresh"))
-    names = {p.name for p in (SMALL, union, fresh, replace(union, seed=1), replace(union, epochs=3))}
+    names = {
+        p.name for p in (SMALL, union, fresh, replace(union, seed=1), replace(union, epochs=3))
+    }
     assert len(names) == 5
 
 

@@ -74,7 +74,9 @@ def test_mistakes_get_one_line(tmp_path, capsys, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [["--strategy", "magic"], ["--tasks", "imbd"], ["--seeds", "x"]])
+@pytest.mark.parametrize(
+    "options", [["--strategy", "magic"], ["--tasks", "imbd"], ["--seeds", "x"]]
+)
 def test_unknown_words_name_the_known_ones(capsys, options):
     with pytest.raises(SystemExit) as stopped:
         main(["run", *options])

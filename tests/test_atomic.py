@@ -124,6 +124,15 @@ class Atomicity(unittest.TestCase):
                     stack.update([{"x": x, "labels": x}])
                 self.assertEqual(before, everything(model, stack))
 
+    def test_a_backbone_frozen_after_the_stack_was_made(self):
+        model = tiny.plain()
+        stack = BitStack(model, 0.1)
+        model.blocks.requires_grad_(False)
+        before = everything(model, stack)
+        with self.assertRaisesRegex(ValueError, "(?i)grad|frozen"):
+            stack.update(tiny.batches(2, seed=0))
+        self.assertEqual(before, everything(model, stack))
+
     def test_sparsity_out_of_range(self):
         for sparsity in (-0.01, 1.01, float("nan"), float("inf"), "0.12", None):
             with (

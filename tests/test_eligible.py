@@ -35,6 +35,12 @@ class Eligibility(unittest.TestCase):
         self.assertIn("embed.weight", kept)
         self.assertEqual(list(BitStack(tiny.plain(), exclude=[]).masks), names)
 
+    def test_exclude_may_be_any_iterable(self):
+        expected = list(BitStack(tiny.plain(), exclude=["norm", "embed"]).masks)
+        for names in (("norm", "embed"), iter(["norm", "embed"])):
+            with self.subTest(type(names)):
+                self.assertEqual(list(BitStack(tiny.plain(), exclude=names).masks), expected)
+
     def test_frozen_and_integer_parameters_are_not_eligible(self):
         model = tiny.plain()
         model.blocks[0].up.weight.requires_grad_(False)
@@ -47,9 +53,13 @@ class Eligibility(unittest.TestCase):
     def test_names_are_canonical(self):
         expected = list(BitStack(tiny.plain()).masks)
         parallel = nn.DataParallel(tiny.plain())
+        block_by_block = tiny.plain()
+        for i, block in enumerate(block_by_block.blocks):
+            block_by_block.blocks[i] = torch.compile(block, backend="eager")
         for name, wrapped in {
             "compiled": torch.compile(tiny.plain(), backend="eager"),
             "parallel": parallel,
+            "block by block": block_by_block,
             "both": torch.compile(parallel, backend="eager"),
         }.items():
             with self.subTest(name):

@@ -53,7 +53,9 @@ class WithTrainer(unittest.TestCase):
         self.addCleanup(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)
 
-    def trainer(self, model, callbacks, *, count=24, seed=1, **arguments) -> Trainer:
+    def trainer(
+        self, model, callbacks, *, count=24, seed=1, optimizers=(None, None), **arguments
+    ) -> Trainer:
         settings = {
             "learning_rate": 1e-2,
             "weight_decay": 0.1,
@@ -72,6 +74,7 @@ class WithTrainer(unittest.TestCase):
             args=TrainingArguments(output_dir=str(self.folder), **settings),
             train_dataset=rows(count, seed),
             callbacks=callbacks,
+            optimizers=optimizers,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -158,6 +161,18 @@ class WithTrainer(unittest.TestCase):
         trainer.train()
         self.assertFalse(trainer.optimizer.optimizer._optimizer_step_post_hooks)
         before = tiny.snapshot(model)  # one attached by hand stays attached
+        tiny.train(model, mine, tiny.batches(2, seed=3))
+        self.assert_held(stack, model, before)
+
+    def test_an_optimizer_attached_by_hand_stays_attached(self):
+        model = tiny.gpt2()
+        stack = self.locked(model)
+        mine = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        stack.attach(mine)
+        self.trainer(model, [stack.callback()], optimizers=(mine, None)).train()
+        for group in mine.param_groups:
+            group["lr"] = 1e-2  # the Trainer's schedule ended at zero
+        before = tiny.snapshot(model)
         tiny.train(model, mine, tiny.batches(2, seed=3))
         self.assert_held(stack, model, before)
 

@@ -81,6 +81,19 @@ class Verify(LockedCase):
             expected = stack.masks.get(name, torch.zeros_like(back))
             self.assertTrue(torch.equal(back, expected), name)
 
+    def test_an_update_does_not_accept_entries_that_moved(self):
+        """They keep the value they were first locked with, though the update saw another one."""
+        model, _, stack = self.locked_model()
+        before, masks = tiny.snapshot(model), dict(stack.masks)
+        with torch.no_grad():
+            model.blocks[0].up.weight.add_(1e-3)
+        stack.update(tiny.batches(2, seed=1))
+        with self.assertRaises(LockedEntriesMoved):
+            stack.verify()
+        stack.restore()
+        for name, mask in masks.items():
+            self.assertFalse(tiny.changed(model, before)[name][mask].any(), name)
+
     def test_before_any_update(self):
         stack = BitStack(tiny.plain())
         self.assertEqual(stack.verify(), 0)

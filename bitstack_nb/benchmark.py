@@ -31,6 +31,7 @@ from bitstack_nb.heads import Heads
 from bitstack_nb.protocol import Protocol
 from bitstack_nb.provenance import provenance
 from bitstack_nb.results import Result
+from bitstack_nb.rng import undisturbed_rng
 from bitstack_nb.strategies import STRATEGIES
 from bitstack_nb.tasks import load_task
 from bitstack_nb.training import (
@@ -39,7 +40,6 @@ from bitstack_nb.training import (
     accuracy,
     find_device,
     train,
-    undisturbed_rng,
 )
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,9 @@ def run(
     if path.exists():
         logger.info("%s is finished already: %s", protocol.name, path)
         return Result.load(path)
-    with undisturbed_rng():
-        sequence = _Sequence(protocol, find_device(device), path.with_suffix(".state"))
+    found = find_device(device)
+    with undisturbed_rng(found):  # the Trainer seeds the global generators
+        sequence = _Sequence(protocol, found, path.with_suffix(".state"))
         result = sequence.run(progress=progress, command=command)
     result.save(path)
     shutil.rmtree(sequence.state, ignore_errors=True)

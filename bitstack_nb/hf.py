@@ -11,11 +11,10 @@ if TYPE_CHECKING:
 
 
 class BitStackCallback(TrainerCallback):
-    """Attaches a stack to the Trainer's optimizer for one training and verifies it at the end."""
+    """Attaches a stack to the Trainer's optimizer and verifies it at the end of training."""
 
     def __init__(self, stack: BitStack) -> None:
         self._stack = stack
-        self._handle = None
 
     def on_train_begin(
         self,
@@ -29,7 +28,7 @@ class BitStackCallback(TrainerCallback):
         Raises:
             ValueError: the Trainer trains another model than the stack's.
         """
-        self._handle = self._stack.attach(kwargs["optimizer"])
+        self._stack.attach(kwargs["optimizer"])
 
     def on_train_end(
         self,
@@ -38,10 +37,9 @@ class BitStackCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Let the optimizer go and prove that no locked entry moved.
+        """Prove that no locked entry moved.
 
         Raises:
             LockedEntriesMoved: something changed the weights past the optimizer.
         """
-        self._handle.remove()
         self._stack.verify()

@@ -6,10 +6,13 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
+
+from bitstack_nb.rng import undisturbed_rng
 
 Importance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -36,11 +39,13 @@ def measure(
             NaN or infinite.
         TypeError: a batch is not a mapping or the model's output has no loss.
     """
-    if not isinstance(n_batches, int) or n_batches < 1:
+    if not isinstance(n_batches, Integral) or n_batches < 1:
         raise ValueError(f"n_batches is {n_batches!r}, expected a whole number, at least 1")
     if not isinstance(loader, Iterable):
         raise TypeError(f"loader is {loader!r}, expected an iterable of batches")
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    if not trainable:
+        raise ValueError("every eligible parameter is frozen, so none can get a gradient")
     scores = {
         name: torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
         for name, p in parameters.items()
@@ -61,14 +66,13 @@ def measure(
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode, gradients on, autocast off; training flags and RNG state come back."""
     training = {module: module.training for module in model.modules()}
-    cuda = [device] if device.type == "cuda" else []
     # A Trainer in half precision leaves accelerate's autocast wrapper on the instance's forward.
     wrapped = "_original_forward" in vars(model) and "_hf_hook" not in vars(model)
     forward = vars(model).pop("forward", None) if wrapped else None
     try:
         model.eval()
         with (
-            torch.random.fork_rng(devices=cuda),
+            undisturbed_rng(device),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
         ):

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -71,7 +72,7 @@ class BitStack:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {model!r}, expected a torch.nn.Module")
-        if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
+        if not isinstance(sparsity, Real) or not 0 <= sparsity <= 1:
             raise ValueError(f"sparsity is {sparsity!r}, expected a share from 0 to 1, as 0.12")
         if isinstance(exclude, str):
             raise ValueError(f"exclude is the string {exclude!r}, expected a list of strings")
@@ -83,19 +84,19 @@ class BitStack:
             if value not in known:
                 raise ValueError(f"{what} is {value!r}, expected one of {', '.join(known)}")
         self.settings = {
-            "sparsity": sparsity,
+            "sparsity": float(sparsity),
             "exclude": None if exclude is None else list(exclude),
             "mode": mode,
             "budget": budget,
             "importance": importance,
         }
         self._model = eligible.unwrap(model)
-        self._parameters = eligible.eligible_parameters(self._model, exclude)
+        self._parameters = eligible.eligible_parameters(self._model, self.settings["exclude"])
         self._eligible = sum(p.numel() for p in self._parameters.values())
         if not self._eligible:
             raise ValueError(
                 f"{type(self._model).__name__} has no eligible entries: every parameter is "
-                f"excluded, frozen or empty (exclude={exclude!r}); pass a narrower exclude list"
+                f"excluded, frozen or empty (exclude is {self.settings['exclude']!r})"
             )
         self._bits = {
             name: torch.zeros(bits.packed_size(p.shape), dtype=torch.uint8, device=p.device)
@@ -233,8 +234,9 @@ class BitStack:
 
     def _add_gradient_hooks(self) -> None:
         for name in self._locked_names():
-            if name not in self.handles:
-                self.handles[name] = self._parameters[name].register_hook(self._zero_locked(name))
+            parameter = self._parameters[name]
+            if name not in self.handles and parameter.requires_grad:
+                self.handles[name] = parameter.register_hook(self._zero_locked(name))
 
     def _zero_locked(self, name: str) -> Callable[[torch.Tensor], torch.Tensor | None]:
         def hook(gradient: torch.Tensor) -> torch.Tensor | None:

@@ -3,8 +3,8 @@
 Tensors: ``masks`` (uint8, each parameter's packed bits one after the other, every parameter from
 a whole byte on), ``values.<dtype>`` (the locked values of the parameters of that dtype, in the
 same order), ``selected`` and ``added`` (int64, tasks x parameters). Metadata: format, version, bit
-order, settings, and the parameters' names, shapes and dtypes as JSON. One tensor for all masks
-keeps the header small: a stack costs one bit per eligible entry.
+order, whether values are there, settings, and the parameters' names, shapes and dtypes as JSON.
+One tensor for all masks keeps the header small: a stack costs one bit per eligible entry.
 """
 
 from __future__ import annotations
@@ -45,11 +45,15 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any], *, values: boo
         "format": FORMAT,
         "version": str(VERSION),
         "bit_order": BIT_ORDER,
+        "values": json.dumps(values),
         "settings": json.dumps(state["settings"]),
         "parameters": json.dumps(parameters, separators=(",", ":")),
     }
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"cannot write the masks to {path}: {error}") from error
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -99,7 +103,7 @@ def _state(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> 
         "settings": dict(json.loads(metadata["settings"])),
         "parameters": parameters,
         "bits": packed,
-        "values": _values(parameters, packed, tensors),
+        "values": _values(parameters, packed, tensors) if json.loads(metadata["values"]) else None,
         "tasks": tasks,
     }
 
@@ -108,9 +112,7 @@ def _values(
     parameters: Mapping[str, Mapping[str, Any]],
     packed: Mapping[str, torch.Tensor],
     tensors: Mapping[str, torch.Tensor],
-) -> dict[str, torch.Tensor] | None:
-    if not any(key.startswith("values.") for key in tensors):
-        return None
+) -> dict[str, torch.Tensor]:
     values = {}
     for dtype in {p["dtype"] for p in parameters.values()}:
         names = [name for name, p in parameters.items() if p["dtype"] == dtype]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -172,15 +171,3 @@ class ProgressBar(TrainerCallback):
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
         """Count an evaluation batch."""
         self._bar.update(1)
-
-
-@contextmanager
-def undisturbed_rng() -> Iterator[None]:
-    """Give back the global generators of torch, numpy and random as found (Trainer seeds them)."""
-    python, legacy = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(legacy)

@@ -28,7 +28,7 @@ class Task:
     """A text-classification task: where its rows are and which columns to use.
 
     Attributes:
-        name: short, used in tables, file names and state dicts: letters, digits, "_", "-", ".".
+        name: short, used in tables, file names and state dicts: letters, digits, "_" and "-".
         dataset: Hub id ("stanfordnlp/imdb"); its last part names the folder under a data folder.
         text: the columns that make up the text, joined by a space; empty ones are skipped.
         label: the column of integer labels, 0 and up.
@@ -49,8 +49,8 @@ class Task:
     config: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"[\w.-]+", self.name):
-            raise DataError(f"task name {self.name!r}: use letters, digits, '_', '-' and '.' only")
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):
+            raise DataError(f"task name {self.name!r}: use letters, digits, '_' and '-' only")
         for field, value in (("dataset", self.dataset), ("label", self.label)):
             if not isinstance(value, str) or not value.strip("/"):
                 raise DataError(f"task {self.name}: {field} is {value!r}: give a name")

@@ -1,6 +1,7 @@
 """The command line: what a user types, sees, and is told when something is wrong."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -29,6 +30,19 @@ def test_main_job_in_a_process_of_its_own(tmp_path):
     files = list(tmp_path.glob("*.json"))
     assert len(files) == 2
     assert all(str(file) in done.stdout for file in files)
+
+
+def test_no_network_is_one_line_with_a_way_out(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "bitstack_nb", "stronger", "--output", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*--data (embedded|hub|FOLDER).*\n", done.stderr), done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_ablation_runs_every_sparsity_and_budget(tmp_path, capsys):

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
+
 from bitstack_nb.benchmark import run
 from bitstack_nb.protocol import PRESETS, STRATEGIES, Protocol
 from bitstack_nb.results import Result, format_table, table
@@ -29,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
     # Every request the Hub client makes would be logged as well.
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if options.quiet:
+        datasets.disable_progress_bars()
     try:
         protocols = options.protocols(options)
         done = [_run(protocol, options) for protocol in protocols]

@@ -83,6 +83,8 @@ class _Sequence:
 
     def __init__(self, protocol: Protocol, device: torch.device, state: Path) -> None:
         self.protocol, self.device, self.state = protocol, device, state
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.tasks = [
             load_task(
                 task,
@@ -257,7 +259,10 @@ class _Sequence:
 
 
 def _peak_memory(before: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Peak memory so far in MiB, over the processes that a resumed run took."""
+    """Peak memory so far in MiB, over the processes that a resumed run took.
+
+    ``process`` counts all that this process has done, earlier runs included; ``gpu`` this run only.
+    """
     peak = {}
     if sys.platform != "win32":
         import resource

@@ -7,6 +7,7 @@ are sampled by the same code; `draw` and `draw_held_out` lead a source's rows pa
 from __future__ import annotations
 
 import itertools
+import logging
 import numbers
 import random
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,8 @@ from bitstack_nb.sources import DataError, Source, hub_errors
 
 if TYPE_CHECKING:
     from bitstack_nb.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 SAMPLINGS = ("stratified", "head")
 # Up to this many rows streaming is quicker than fetching the split; the shuffle buffer's size, too.
@@ -200,11 +203,11 @@ def _sample(task: Task, rows: datasets.Dataset | list[dict[str, Any]]) -> datase
         texts.append(" ".join(str(row[column]) for column in task.text if row[column]))
         labels.append(_label(task, row[task.label]))
     blank = sum(not text.strip() for text in texts)
-    if blank:
-        raise DataError(
-            f"{task.dataset}: {blank} of {len(texts)} rows drawn hold no text in "
-            f"{', '.join(task.text)}: name other columns, or drop those rows from the data"
-        )
+    holds = f"{task.dataset}: {blank} of {len(texts)} rows drawn hold no text in {task.text}"
+    if texts and blank == len(texts):
+        raise DataError(f"{holds}: name other columns")
+    if blank:  # nothing the user of a Hub dataset could mend; the tokenizer reads a full stop
+        logger.warning("%s", holds)
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.Value("int64")}
     )

@@ -249,7 +249,6 @@ def test_a_request_that_cannot_be_met_says_why_in_one_line(folder, change, named
         ({"label": "title"}, "label 'train title 0'.*0 to 2"),
         ({"num_labels": 2}, "label 2 .*0 to 1"),
         ({"num_labels": 2, "relabel": (0, 1)}, "label 2 .*0 to 1"),
-        ({"text": ("body",)}, "no text in body"),
         ({"dataset": "someone/else"}, "no folder 'else'.*toy"),
     ],
 )
@@ -291,3 +290,17 @@ def test_every_known_task_has_embedded_rows_called_synthetic(task):
 def test_an_own_task_has_no_embedded_rows():
     with pytest.raises(DataError, match=r"someone/toy.*--data"):
         load_task(TASK, "embedded", **SIZES)
+
+
+def test_blank_texts_are_reported_and_only_a_sample_of_them_is_refused(folder, caplog):
+    """One blank row among the Hub's millions, which nobody can mend, must not stop a run."""
+    fields = {"name": "toy", "dataset": "toy", "label": "kind", "num_labels": 3}
+    sample = load_task(Task(**fields, text=("body",)), folder, **SIZES)
+    assert "hold no text" in caplog.text
+    assert {bool(text) for text in sample.train["text"]} == {True, False}
+    for name in ("train", "test"):
+        table = datasets.load_dataset("parquet", data_files=f"{folder}/toy/{name}.parquet")["train"]
+        blank = table.remove_columns("body").add_column("body", [" "] * len(table))
+        blank.to_parquet(f"{folder}/toy/{name}.parquet")
+    with pytest.raises(DataError, match="hold no text"):
+        load_task(Task(**fields, text=("body",)), folder, **SIZES)

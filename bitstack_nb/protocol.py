@@ -44,10 +44,10 @@ class Protocol:
     data: str = "embedded"
     tasks: tuple[Task, ...] = FIVE_TASKS
     seed: int = 0
-    train_size: int | float = 800
-    test_size: int | float = 200
+    train_size: int | float = 1000
+    test_size: int | float = 250
     max_length: int = 48
-    epochs: float = 2
+    epochs: float = 3
     batch_size: int = 16
     learning_rate: float = 2e-3
     weight_decay: float = 0.01

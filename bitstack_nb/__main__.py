@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import torch
 
 from bitstack_nb.benchmark import run
 from bitstack_nb.protocol import PRESETS, STRATEGIES, Protocol
 from bitstack_nb.results import Result, format_table, table
+from bitstack_nb.sampling import SAMPLINGS
 from bitstack_nb.stack import BUDGETS
-from bitstack_nb.tasks import AG_NEWS_BINARY, find_task
+from bitstack_nb.tasks import AG_NEWS_BINARY, EVALUATIONS, find_task
 
 ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)
 SYNTHETIC = (
@@ -40,6 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         logging.getLogger(__name__).debug("in full:", exc_info=True)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(
+            "error: out of GPU memory: take a smaller --batch-size or --max-length, or the CPU",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("stopped: the same command goes on behind the last finished task", file=sys.stderr)
@@ -88,12 +96,7 @@ def _stronger(options: argparse.Namespace) -> list[Protocol]:
 
 
 def _base(options: argparse.Namespace) -> Protocol:
-    given = {
-        name: value
-        for name in _SETTINGS
-        if (value := getattr(options, name.replace("-", "_"))) is not None
-    }
-    settings = {name.replace("-", "_"): value for name, value in given.items()}
+    settings = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
     if options.tasks is not None:
         settings["tasks"] = tuple(options.tasks)
     return replace(PRESETS[options.preset], **settings)
@@ -134,28 +137,33 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_command(commands: argparse._SubParsersAction, name: str, what: str, **defaults) -> None:
-    parser = commands.add_parser(
-        name, help=what, description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = commands.add_parser(name, help=what, description=what)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="smoke", help="settings that the options change")
+    add("--preset", choices=PRESETS, default="smoke", help="settings that the options below change")
     if "tasks" not in defaults:
         add("--tasks", type=_list(find_task), metavar="A,B", help="in training order")
-    add("--strategy", type=_list(_strategy), metavar="A,B", help="finetune, bitstack, joint")
-    add("--sparsity", type=_list(float), default=[0.12], metavar="S,S", help="shares locked")
-    add("--budget", type=_list(_budget), default=["union"], metavar="B,B", help="union, fresh")
+    add("--strategy", type=_list(_one_of(STRATEGIES)), metavar="A,B", help=", ".join(STRATEGIES))
+    add("--sparsity", type=_list(float), default=[0.12], metavar="S,S", help="shares a task locks")
+    add("--budget", type=_list(_one_of(BUDGETS)), default=["union"], metavar="B,B", help="or fresh")
     add("--seeds", type=_list(int), metavar="N,N", help="one run each; the preset's if not given")
-    for setting, (kind, text) in _SETTINGS.items():
-        add(f"--{setting}", type=kind, help=text)
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--output", type=Path, default=Path("results/runs"), help="folder for the results")
+    for name, (kind, text) in _SETTINGS.items():
+        choices = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        add(f"--{name.replace('_', '-')}", help=f"{text}; as in the preset if not given", **choices)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
+    add(
+        "--output",
+        type=Path,
+        default=Path("results/runs"),
+        help="folder; results/runs if not given",
+    )
     add("--quiet", action="store_true", help="no progress bar")
     add("--verbose", action="store_true", help="log what happens")
     parser.set_defaults(**defaults)
 
 
-def _size(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+def size(text: str) -> int | float:
+    """Examples (an int) or a fraction; argparse names this function in its messages."""
+    return int(text) if text.isdigit() else float(text)
 
 
 def _list(kind):
@@ -168,29 +176,26 @@ def _list(kind):
     return parse
 
 
-def _strategy(name: str) -> str:
-    if name not in STRATEGIES:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(STRATEGIES)}")
-    return name
+def _one_of(known: Sequence[str]):
+    def parse(name: str) -> str:
+        if name not in known:
+            raise ValueError(f"{name!r} is none of {', '.join(known)}")
+        return name
 
-
-def _budget(name: str) -> str:
-    if name not in BUDGETS:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(BUDGETS)}")
-    return name
+    return parse
 
 
 _SETTINGS = {
     "model": (str, "Hub name or folder of a sequence classifier; tiny-gpt2 is made on the spot"),
     "data": (str, "embedded (synthetic), hub, or a folder with <dataset>/train.parquet"),
-    "train-size": (_size, "training examples per task, or a fraction such as 0.05"),
-    "test-size": (_size, "test examples per task, or a fraction such as 0.01"),
-    "max-length": (int, "tokens a text is cut at"),
+    "train_size": (size, "training examples per task, or a fraction such as 0.05"),
+    "test_size": (size, "test examples per task, or a fraction such as 0.01"),
+    "max_length": (int, "tokens a text is cut at"),
     "epochs": (float, "passes over each task's sample"),
-    "batch-size": (int, "examples per step"),
-    "learning-rate": (float, "of AdamW"),
-    "sampling": (str, "stratified, or head for the published slices"),
-    "evaluate-on": (str, "test, or heldout training data for choosing settings"),
+    "batch_size": (int, "examples per step"),
+    "learning_rate": (float, "of AdamW"),
+    "sampling": (SAMPLINGS, "drawn by class, or the published slices"),
+    "evaluate_on": (EVALUATIONS, "the test split, or held-out training data to choose settings on"),
 }
 
 

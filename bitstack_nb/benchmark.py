@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -32,6 +33,7 @@ from bitstack_nb.protocol import Protocol
 from bitstack_nb.provenance import provenance
 from bitstack_nb.results import Result
 from bitstack_nb.rng import undisturbed_rng
+from bitstack_nb.storage import MaskFileError
 from bitstack_nb.strategies import STRATEGIES
 from bitstack_nb.tasks import load_task
 from bitstack_nb.training import (
@@ -71,8 +73,8 @@ def run(
         return Result.load(path)
     found = find_device(device)
     with undisturbed_rng(found):  # the Trainer seeds the global generators
-        sequence = _Sequence(protocol, found, path.with_suffix(".state"))
-        result = sequence.run(progress=progress, command=command)
+        sequence = _Sequence(protocol, found, path.with_suffix(".state"), command)
+        result = sequence.run(progress=progress)
     result.save(path)
     shutil.rmtree(sequence.state, ignore_errors=True)
     return result
@@ -81,7 +83,9 @@ def run(
 class _Sequence:
     """One run in progress: the loaded pieces, and the numbers that go into the result."""
 
-    def __init__(self, protocol: Protocol, device: torch.device, state: Path) -> None:
+    def __init__(
+        self, protocol: Protocol, device: torch.device, state: Path, command: str | None
+    ) -> None:
         self.protocol, self.device, self.state = protocol, device, state
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -115,9 +119,16 @@ class _Sequence:
             "lock_stats": [],
             "times": {"train": [], "update": [], "evaluate": []},
             "peak_memory": {},
+            # Taken now, because the checkout may move on while the run goes on.
+            "origin": {
+                **provenance(command=command),
+                "device": str(device),
+                "model": self.backbone.provenance,
+                "data": {t.task.name: t.provenance for t in self.tasks},
+            },
         }
 
-    def run(self, *, progress: bool, command: str | None) -> Result:
+    def run(self, *, progress: bool) -> Result:
         self._resume()
         done = self.numbers["stages_done"]
         name = self.protocol.strategy
@@ -129,7 +140,7 @@ class _Sequence:
                 self._lock(number, stage)
                 self._evaluate(stage[-1], bar)
                 self._checkpoint(number + 1)
-        return self._result(command)
+        return self._result()
 
     def _train(self, number: int, stage: list[int], bar: tqdm) -> None:
         with self._timed("train"):
@@ -217,12 +228,21 @@ class _Sequence:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         # Clones, because safetensors refuses tensors that share memory (tied weights).
-        weights = {n: t.cpu().clone() for n, t in self.model.state_dict().items()}
-        save_file(weights, temporary / "model.safetensors")
-        save_file(self.heads.state_dict(), temporary / "heads.safetensors")
-        self.strategy.save(temporary)
-        (temporary / "numbers.json").write_text(json.dumps(self.numbers))
-        temporary.replace(folder)
+        weights = {
+            name: tensor.cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.model.state_dict().items()
+        }
+        try:
+            save_file(weights, temporary / "model.safetensors")
+            save_file(self.heads.state_dict(), temporary / "heads.safetensors")
+            self.strategy.save(temporary)
+            (temporary / "numbers.json").write_text(json.dumps(self.numbers))
+            temporary.replace(folder)
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"cannot write the state after stage {stages_done} to {folder} ({error}): make "
+                "room, or choose another folder; the stages before it are kept"
+            ) from error
         shutil.rmtree(self.state / f"stage-{stages_done - 1}", ignore_errors=True)
 
     def _resume(self) -> None:
@@ -233,18 +253,31 @@ class _Sequence:
             return
         folder = self.state / f"stage-{done}"
         logger.info("resuming %s behind stage %d", self.protocol.name, done)
-        self.heads.load_state_dict(load_file(folder / "heads.safetensors"))
-        # The checkpoint was written with the last task's head in place.
-        model = self.heads.use(self.protocol.tasks[self.stages[done - 1][-1]].name)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        self.strategy.load(folder)
-        self.numbers = json.loads((folder / "numbers.json").read_text())
+        try:
+            numbers = json.loads((folder / "numbers.json").read_text())
+            self._check_same(numbers["origin"], folder)
+            self.heads.load_state_dict(load_file(folder / "heads.safetensors"))
+            # The checkpoint was written with the last task's head in place.
+            model = self.heads.use(self.protocol.tasks[self.stages[done - 1][-1]].name)
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+            self.strategy.load(folder)
+        except (SafetensorError, MaskFileError, json.JSONDecodeError, OSError) as error:
+            raise ValueError(
+                f"the state to resume from is damaged ({error}): delete {self.state} to start "
+                "this run again"
+            ) from error
+        self.numbers = numbers
 
-    def _result(self, command: str | None) -> Result:
-        origin = provenance(command=command)
-        origin["device"] = str(self.device)
-        origin["model"] = self.backbone.provenance
-        origin["data"] = {t.task.name: t.provenance for t in self.tasks}
+    def _check_same(self, before: dict[str, Any], folder: Path) -> None:
+        """Raise if the first part of the run had other data, another model or another device."""
+        for what, now in self.numbers["origin"].items():
+            if what in ("data", "model", "device") and before[what] != now:
+                raise ValueError(
+                    f"the run in {folder} was begun with another {what} than is there now: delete "
+                    f"{self.state} to start it again, or put the former {what} back"
+                )
+
+    def _result(self) -> Result:
         times = self.numbers["times"]
         return Result(
             protocol=self.protocol.to_dict(),
@@ -254,7 +287,7 @@ class _Sequence:
             lock_stats=self.numbers["lock_stats"],
             times={**times, "total": sum(sum(parts) for parts in times.values())},
             peak_memory=self.numbers["peak_memory"],
-            provenance=origin,
+            provenance=self.numbers["origin"],
         )
 
 

@@ -92,10 +92,12 @@ def _loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> t
         )
     if "labels" not in batch:
         raise ValueError(f"a batch has no 'labels', only {sorted(batch)}: rename the label column")
+    known = inspect.signature(model.forward).parameters
+    takes_all = "labels" not in known  # then it takes them through **kwargs
     inputs = {
         key: value.to(device) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
-        if _takes(model, key)
+        if takes_all or key in known
     }
     loss = getattr(model(**inputs), "loss", None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
@@ -108,12 +110,6 @@ def _loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> t
     return loss
 
 
-def _takes(model: nn.Module, key: str) -> bool:
-    """Whether the model's forward names this argument (or takes labels through ``**kwargs``)."""
-    known = inspect.signature(model.forward).parameters
-    return key in known or "labels" not in known
-
-
 def _accumulate(
     scores: dict[str, torch.Tensor],
     parameters: Mapping[str, nn.Parameter],
@@ -122,8 +118,9 @@ def _accumulate(
 ) -> None:
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         if gradient is not None:
-            dense = gradient.to_dense() if gradient.is_sparse else gradient
-            scores[name] += importance(parameter.detach(), dense).float()
+            if gradient.is_sparse:
+                raise ValueError(f"{name} has a sparse gradient, which has no mask: exclude it")
+            scores[name] += importance(parameter.detach(), gradient).float()
 
 
 def _check(scores: Mapping[str, torch.Tensor], seen: int) -> None:
@@ -134,7 +131,10 @@ def _check(scores: Mapping[str, torch.Tensor], seen: int) -> None:
         raise ValueError(
             f"importance is NaN or infinite in {', '.join(bad[:5])}"
             f"{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}: "
-            "check the loss, the labels and the weights"
+            "training has diverged (a smaller learning rate helps), or the labels are wrong"
         )
     if not any(score.any() for score in scores.values()):
-        raise ValueError("no eligible parameter got a gradient: does the loss depend on them?")
+        raise ValueError(
+            "no eligible parameter got a gradient: does the loss depend on them? (Reentrant "
+            "checkpointing hides them: use_reentrant=False)"
+        )

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from bitstack_nb.tasks import FIVE_TASKS, Task, find_task
+from bitstack_nb.sampling import SAMPLINGS
+from bitstack_nb.stack import check_settings
+from bitstack_nb.tasks import EVALUATIONS, FIVE_TASKS, Task, find_task
 
 STRATEGIES = ("finetune", "bitstack", "joint")
 # Settings that mean something to one strategy only; they are left out of the others' record, so
@@ -68,17 +70,32 @@ class Protocol:
         for name in ("epochs", "batch_size", "learning_rate", "train_size", "test_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
+        for name, known in (("sampling", SAMPLINGS), ("evaluate_on", EVALUATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
+                )
         if self.model == "tiny-gpt2" and self.data != "embedded":
             raise ValueError(
                 f"tiny-gpt2 knows the embedded tasks' words only, but data is {self.data!r}: name "
                 "a pretrained model, such as --model sentence-transformers/all-MiniLM-L6-v2"
             )
+        if self.strategy == "bitstack":
+            check_settings(self.sparsity, budget=self.budget)
         own = _OWN_SETTINGS.get(self.strategy, ())
         for name in {n for names in _OWN_SETTINGS.values() for n in names}.difference(own):
             object.__setattr__(self, name, None)
+        for name in ("sparsity", "epochs", "learning_rate", "weight_decay"):
+            # 1 and 1.0 are one protocol. Not so for sizes: 1.0 is the whole split.
+            value = getattr(self, name)
+            if value is not None and float(value).is_integer():
+                object.__setattr__(self, name, int(value))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able record; settings that the strategy ignores are left out."""
+        """JSON-able record; settings that the strategy ignores are left out.
+
+        What is None is left out, so a field added later keeps old names if None is its default.
+        """
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     @classmethod

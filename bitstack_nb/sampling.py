@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SAMPLINGS = ("stratified", "head")
-# Up to this many rows streaming is quicker than fetching the split; the shuffle buffer's size, too.
+# Up to this many rows are streamed: mixed splits need not be fetched whole then; those sorted by
+# label (IMDB, DBpedia) are read to their last class but not stored. Also the shuffle buffer.
 _STREAM_ROWS = 10_000
 _T = TypeVar("_T")
 

@@ -41,6 +41,25 @@ class LockedEntriesMoved(RuntimeError):
     """Locked entries differ from the values they were locked with."""
 
 
+def check_settings(
+    sparsity: float,
+    *,
+    mode: str = "protect",
+    budget: str = "union",
+    importance: str = "gradient",
+) -> None:
+    """Raise a ValueError that names a setting out of range, and what it may be."""
+    if not isinstance(sparsity, Real) or not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity is {sparsity!r}, expected a share from 0 to 1, as 0.12")
+    for what, value, known in (
+        ("mode", mode, MODES),
+        ("budget", budget, BUDGETS),
+        ("importance", importance, tuple(IMPORTANCE)),
+    ):
+        if value not in known:
+            raise ValueError(f"{what} is {value!r}, expected one of {', '.join(known)}")
+
+
 class BitStack:
     """Cumulative 1-bit masks of the parameters that mattered, and the guarantee that they stay.
 
@@ -72,17 +91,9 @@ class BitStack:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {model!r}, expected a torch.nn.Module")
-        if not isinstance(sparsity, Real) or not 0 <= sparsity <= 1:
-            raise ValueError(f"sparsity is {sparsity!r}, expected a share from 0 to 1, as 0.12")
+        check_settings(sparsity, mode=mode, budget=budget, importance=importance)
         if isinstance(exclude, str):
             raise ValueError(f"exclude is the string {exclude!r}, expected a list of strings")
-        for what, value, known in (
-            ("mode", mode, MODES),
-            ("budget", budget, BUDGETS),
-            ("importance", importance, tuple(IMPORTANCE)),
-        ):
-            if value not in known:
-                raise ValueError(f"{what} is {value!r}, expected one of {', '.join(known)}")
         self.settings = {
             "sparsity": float(sparsity),
             "exclude": None if exclude is None else list(exclude),
@@ -128,6 +139,7 @@ class BitStack:
         Raises:
             ValueError, TypeError: see :func:`bitstack_nb.importance.measure`. Nothing has changed.
         """
+        self._check_still_the_models()
         with self._masks_lifted():
             scores = measure(
                 self._model,
@@ -178,11 +190,13 @@ class BitStack:
             optimizer = optimizer.optimizer  # accelerate wraps the one that steps
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer")
+        self._check_still_the_models()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if held.isdisjoint(id(p) for p in self._parameters.values()):
             raise ValueError(
                 f"this {type(optimizer).__name__} holds none of the stack's parameters: "
-                "build it from the parameters of the model that the stack was made with"
+                "build it from the parameters of the model that the stack was made with (shards "
+                "of FSDP or DeepSpeed are others)"
             )
         self._add_gradient_hooks()
         previous = self._attached.pop(optimizer, None)
@@ -218,6 +232,7 @@ class BitStack:
         Raises:
             LockedEntriesMoved: some moved; the message says how many, and where.
         """
+        self._check_still_the_models()
         moved = {}
         for name in self._locked_names():
             present = self._parameters[name].masked_select(self._mask(name))
@@ -231,6 +246,17 @@ class BitStack:
                 "Call attach(optimizer) before training, or restore() to put them back"
             )
         return 0
+
+    def _check_still_the_models(self) -> None:
+        """A replaced parameter would be guarded no more, and nothing would tell."""
+        present = {id(p) for p in self._model.parameters()}
+        gone = [name for name, p in self._parameters.items() if id(p) not in present]
+        if gone:
+            raise RuntimeError(
+                f"the model no longer holds {', '.join(gone[:3])}{' ...' if gone[3:] else ''}: a "
+                "module was replaced after the stack was made. Exclude heads that are swapped "
+                "(exclude=[...]), or save the stack and load it onto the model as it is now"
+            )
 
     def _add_gradient_hooks(self) -> None:
         for name in self._locked_names():
@@ -291,6 +317,8 @@ class BitStack:
     def _mask(self, name: str) -> torch.Tensor:
         """The unpacked mask on the parameter's device, where bits and values follow it."""
         parameter, values = self._parameters[name], self._values[name]
+        if not len(values):  # nothing locked yet: a cast of the model loses nothing
+            values = self._values[name] = parameter.detach().new_empty(0)
         if parameter.dtype != values.dtype:
             raise RuntimeError(
                 f"{name} is {parameter.dtype} but its entries were locked as {values.dtype}: "

@@ -2,7 +2,7 @@
 
 Tensors: ``masks`` (uint8, each parameter's packed bits one after the other, every parameter from
 a whole byte on), ``values.<dtype>`` (the locked values of the parameters of that dtype, in the
-same order), ``selected`` and ``added`` (int64, tasks x parameters). Metadata: format, version, bit
+same order), ``selected`` and ``added`` (int32, tasks x parameters). Metadata: format, version, bit
 order, whether values are there, settings, and the parameters' names, shapes and dtypes as JSON.
 One tensor for all masks keeps the header small: a stack costs one bit per eligible entry.
 """
@@ -35,7 +35,7 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any], *, values: boo
     tensors = {"masks": torch.cat([state["bits"][n].cpu() for n in names])}
     for field, at in (("selected", 0), ("added", 1)):
         counts = [[task[n][at] for n in names] for task in state["tasks"]]
-        tensors[field] = torch.tensor(counts, dtype=torch.int64).view(-1, len(names))
+        tensors[field] = torch.tensor(counts, dtype=torch.int32).view(-1, len(names))
     if values:
         for dtype in {p["dtype"] for p in state["parameters"].values()}:
             own = [state["values"][n].cpu() for n in names if _dtype(state, n) == dtype]

@@ -93,7 +93,7 @@ def accuracy(
     with _trainer(model, collate, protocol, device, 0, callbacks) as trainer:
         # Sorted, so that a batch needs little padding; accuracy does not depend on the order.
         prediction = trainer.predict(data.select(numpy.argsort(data["length"]).tolist()))
-    return 100 * float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
+    return 100 * float((prediction.predictions == prediction.label_ids).mean())
 
 
 @contextmanager
@@ -129,16 +129,28 @@ def _trainer(
             report_to="none",
             disable_tqdm=True,
         )
+        # One GPU: DataParallel would multiply the batch, and its replicas cannot swap heads.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = Trainer(
-            model=model, args=arguments, data_collator=collate, callbacks=list(callbacks)
+            model=model,
+            args=arguments,
+            data_collator=collate,
+            callbacks=list(callbacks),
+            preprocess_logits_for_metrics=_classes,
         )
         trainer.remove_callback(PrinterCallback)
         try:
             yield trainer
         finally:
-            # accelerate leaves its autocast wrapper, and the next Trainer would add another.
+            # accelerate wraps forward in autocast once and leaves both wrapper and mark behind. The
+            # wrapper would still be there in update(), and a resumed run would not have it.
             if "_original_forward" in vars(model):
-                del model.forward, model._original_forward
+                del model.forward, model._original_forward, model._is_accelerate_prepared
+
+
+def _classes(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    """The predicted classes; some models give hidden states or caches behind the logits."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
 def _half_precision(device: torch.device) -> str | None:

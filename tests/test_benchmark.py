@@ -2,14 +2,23 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 
+import datasets
 import numpy
 import pytest
 import torch
+from tiny_checkpoints import CONFIGS
+from toy_data import TASK, write_toy
 
-from bitstack_nb import Protocol, Result, Task, benchmark, load_results, run
-from bitstack_nb.training import accuracy
+from bitstack_nb import Protocol, Result, Task, benchmark, load_results, run, stack, training
+from bitstack_nb.backbones import collate, encode, load_backbone
+from bitstack_nb.heads import Heads
+from bitstack_nb.protocol import STRATEGIES as PROTOCOL_STRATEGIES
+from bitstack_nb.strategies import STRATEGIES as STRATEGY_CLASSES
+from bitstack_nb.tasks import find_task, load_task
+from bitstack_nb.training import MultiHead, accuracy
 
 # Small enough for seconds, large enough that every stage trains and locks something.
 SMALL = Protocol(
@@ -39,13 +48,30 @@ def test_matrix_is_measured_where_it_can_be(results, strategy):
     assert all(0 <= a <= 100 for row in matrix for a in row if a is not None)
 
 
-def test_joint_learns_every_task_under_its_own_head(results):
-    # Untrained heads would sit at chance, which is 50, 25 and 7 percent here.
-    final = results["joint"].matrix[-1]
-    assert results["joint"].metrics["average_accuracy"] == pytest.approx(sum(final) / 3)
-    assert results["joint"].metrics["forgetting"] is None
-    longer = replace(SMALL.with_strategy("joint"), tasks=SMALL.tasks[:2], train_size=256, epochs=4)
-    assert longer.name != STRATEGIES["joint"].name
+def test_a_mixed_batch_is_scored_by_each_rows_own_head():
+    backbone = load_backbone("tiny-gpt2", max_length=24, seed=0)
+    heads = Heads(backbone.model.eval(), seed=0)
+    rows = []
+    for index, (name, labels) in enumerate([("imdb", 2), ("ag_news", 4), ("dbpedia", 14)]):
+        heads.add(name, labels)
+        data = load_task(
+            find_task(name), "embedded", train_size=index + 1, test_size=1, seed=0
+        ).train
+        rows += [{**row, "task": index} for row in encode(data, backbone)]
+    make_batch = collate(backbone)
+    joint = MultiHead(heads)
+    mixed = joint(**make_batch(rows))["loss"]
+    singles = []
+    for row in rows:
+        batch = make_batch([row])
+        model = heads.use(heads.names[int(batch.pop("task"))])
+        singles.append(model(**batch).loss)
+    assert mixed.item() == pytest.approx(torch.stack(singles).mean().item(), rel=1e-5)
+    mixed.backward()
+    assert all(p.grad.any() for head in heads.modules().values() for p in head.parameters())
+    assert {id(p) for h in heads.modules().values() for p in h.parameters()} < {
+        id(p) for p in joint.parameters()
+    }
 
 
 def test_locks_follow_the_budget(results):
@@ -135,14 +161,103 @@ def test_global_random_state_is_left_alone(tmp_path):
     assert (torch.rand(1), numpy.random.rand(), random.random()) == expected
 
 
-def test_own_task_and_order_of_seeds(tmp_path):
-    own = Task(
-        name="own", dataset="me/imdb", text=("text",), label="label", num_labels=2, relabel=(1, 0)
+def test_embedded_data_have_no_rows_for_an_own_dataset(tmp_path):
+    own = Task(name="own", dataset="me/mine", text=("text",), label="label", num_labels=2)
+    with pytest.raises(ValueError, match=r"no embedded data for 'me/mine'.*FOLDER"):
+        run(replace(SMALL, tasks=(own,)), output=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("architecture", [*CONFIGS, "bert with hidden states"])
+def test_own_tasks_from_a_folder_on_any_classifier(tmp_path, folders, architecture, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_toy(tmp_path / "data")
+    two = replace(TASK, name="two", num_labels=2, relabel=(0, 1, 1))
+    model = folders[architecture.split()[0]]
+    if architecture not in CONFIGS:  # its forward gives more than logits
+        model = shutil.copytree(model, tmp_path / "model")
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "output_hidden_states": True}))
+    protocol = Protocol(
+        strategy="bitstack",
+        model=str(model),
+        data=str(tmp_path / "data"),
+        tasks=(TASK, two),
+        train_size=24,
+        test_size=12,
+        max_length=8,
+        epochs=1,
     )
-    protocol = replace(SMALL, tasks=(own,), train_size=16, model="tiny-gpt2")
-    with pytest.raises(ValueError, match="embedded"):
-        run(protocol, output=tmp_path)
-    assert not list(tmp_path.rglob("*.json"))
+    result = run(protocol, output=tmp_path / "runs")
+    assert [len([a for a in row if a is not None]) for row in result.matrix] == [1, 2]
+    assert 0.1 < result.lock_stats[-1]["frozen_pct"] / 100 < 0.25
+    assert Protocol.from_dict(result.protocol) == protocol
+
+
+def test_half_precision_is_on_in_every_stage_and_evaluation(tmp_path, monkeypatch):
+    """accelerate's mark on the model once kept the second Trainer from autocast."""
+    monkeypatch.setattr(training, "_half_precision", lambda device: "bf16")
+    dtypes = {"train": [], "evaluate": [], "update": []}
+
+    def watched(what, real):
+        def call(model, *args, **kwargs):
+            # The first linear layer of the first block sees what autocast made of its input.
+            block = model.base_model.h[0].attn.c_attn
+            handle = block.register_forward_hook(lambda *io: dtypes[what].append(io[2].dtype))
+            try:
+                return real(model, *args, **kwargs)
+            finally:
+                handle.remove()
+
+        return call
+
+    monkeypatch.setattr(benchmark, "train", watched("train", benchmark.train))
+    monkeypatch.setattr(benchmark, "accuracy", watched("evaluate", benchmark.accuracy))
+    monkeypatch.setattr(stack, "measure", watched("update", stack.measure))
+    protocol = replace(SMALL.with_strategy("bitstack"), tasks=SMALL.tasks[:2], train_size=16)
+    run(protocol, output=tmp_path)
+    assert {name: set(seen) for name, seen in dtypes.items()} == {
+        "train": {torch.bfloat16},
+        "evaluate": {torch.bfloat16},
+        "update": {torch.float32},
+    }
+
+
+@pytest.mark.parametrize("damage", ["model.safetensors", "numbers.json", "masks.safetensors"])
+def test_a_damaged_state_says_what_to_delete(tmp_path, monkeypatch, damage):
+    state = stop_after_first_stage(STRATEGIES["bitstack"], tmp_path, monkeypatch)
+    file = state / "stage-1" / damage
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"damaged.*delete {state}") as caught:
+        run(STRATEGIES["bitstack"], output=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_state_from_other_data_is_refused(tmp_path, monkeypatch):
+    state = stop_after_first_stage(SMALL, tmp_path, monkeypatch)
+    numbers = json.loads((state / "stage-1" / "numbers.json").read_text())
+    numbers["origin"]["data"]["imdb"]["sample"]["train"] = "0" * 64
+    (state / "stage-1" / "numbers.json").write_text(json.dumps(numbers))
+    with pytest.raises(ValueError, match="another data"):
+        run(SMALL, output=tmp_path)
+
+
+def stop_after_first_stage(protocol, folder, monkeypatch):
+    real = benchmark.train
+
+    def die_in_the_second(*args, seed, **kwargs):
+        if seed == 1:
+            raise Killed
+        return real(*args, seed=seed, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(benchmark, "train", die_in_the_second)
+        run(protocol, output=folder)
+    return folder / f"{protocol.name}.state"
+
+
+def test_protocol_and_strategies_know_the_same_names():
+    assert set(PROTOCOL_STRATEGIES) == STRATEGY_CLASSES.keys()
 
 
 def test_names_depend_on_what_matters():
@@ -152,6 +267,8 @@ def test_names_depend_on_what_matters():
         p.name for p in (SMALL, union, fresh, replace(union, seed=1), replace(union, epochs=3))
     }
     assert len(names) == 5
+    assert replace(SMALL, epochs=1.0, weight_decay=0.0) == replace(SMALL, weight_decay=0)
+    assert replace(SMALL, train_size=1.0).name != replace(SMALL, train_size=1).name
 
 
 @pytest.mark.parametrize(
@@ -164,6 +281,10 @@ def test_names_depend_on_what_matters():
         ({"epochs": 0}, "epochs is 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1"),
         ({"data": "hub"}, "tiny-gpt2.*pretrained"),
+        ({"sampling": "tail"}, "tail.*head"),
+        ({"evaluate_on": "train"}, "train.*heldout"),
+        ({"strategy": "bitstack", "sparsity": 1.2}, "sparsity is 1.2"),
+        ({"strategy": "bitstack", "budget": "new"}, "new.*fresh"),
     ],
 )
 def test_bad_protocols_say_what_to_do(settings, message):

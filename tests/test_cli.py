@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -43,6 +44,26 @@ def test_no_network_is_one_line_with_a_way_out(tmp_path):
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*--data (embedded|hub|FOLDER).*\n", done.stderr), done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_process_is_resumed_with_the_same_matrix(tmp_path, capsys):
+    options = [*FAST, "--strategy", "bitstack", "--quiet"]
+    assert main(["run", *options, "--output", str(tmp_path / "unbroken")]) == 0
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bitstack_nb", "run", *options, "--output", str(broken)]
+    )
+    while not list(broken.glob("*.state/stage-1/numbers.json")):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not list(broken.glob("*.json"))
+    assert main(["run", *options, "--output", str(broken)]) == 0
+    first, second = load_results(tmp_path)
+    assert first.matrix == second.matrix
+    assert first.locks == second.locks
+    capsys.readouterr()
 
 
 def test_ablation_runs_every_sparsity_and_budget(tmp_path, capsys):

@@ -6,19 +6,56 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
-from bitstack_nb import Protocol
+from bitstack_nb import BitStack, Protocol
+from bitstack_nb.backbones import collate, encode, load_backbone
 from bitstack_nb.results import load_results
 
 ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    commands = re.findall(
-        r"```sh\n(pip install .*unittest.*)\n```", (ROOT / "README.md").read_text()
-    )
+    commands = re.findall(r"```sh\n(pip install .*unittest.*)\n```", README)
     assert len(commands) == 1
     assert commands[0] in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readmes_ten_lines_work(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(from bitstack_nb import BitStack\n.*?)```", README, re.S)[1]
+    assert len([line for line in code.splitlines() if line]) <= 12
+    backbone = load_backbone(str(folders["bert"]), max_length=16, seed=0)
+    tasks = {
+        f"task_{number}": encode(Dataset.from_dict({"text": texts, "label": labels}), backbone)
+        for number, (texts, labels) in enumerate(
+            [
+                (["red sun", "blue moon"] * 8, [0, 1] * 8),
+                (["rain", "snow", "wind"] * 8, [0, 1, 2] * 8),
+            ],
+            start=1,
+        )
+    }
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=3,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        remove_unused_columns=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    names = {"model": backbone.model, "args": arguments, "collate": collate(backbone), **tasks}
+    scope = {"Trainer": Trainer, "DataLoader": DataLoader, "torch": torch, **names}
+    exec(code, scope)
+    assert scope["stack"].stats()["locked"] > 0
+    assert scope["stack"].verify() == 0
+    assert BitStack.load("masks.safetensors", scope["model"]).stats() == scope["stack"].stats()
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/*/*.json")), ids=lambda f: f.name)

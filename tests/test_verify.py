@@ -94,6 +94,39 @@ class Verify(LockedCase):
         for name, mask in masks.items():
             self.assertFalse(tiny.changed(model, before)[name][mask].any(), name)
 
+    def test_a_replaced_parameter_is_not_guarded_in_silence(self):
+        def assign(model):
+            model.load_state_dict(
+                {k: v.clone() for k, v in model.state_dict().items()}, assign=True
+            )
+
+        def replace(model):
+            model.blocks[0].up = nn.Linear(*reversed(model.blocks[0].up.weight.shape))
+
+        for change in (assign, replace):
+            with self.subTest(change.__name__):
+                model, _, stack = self.locked_model()
+                change(model)
+                optimizer = SGD(model.parameters(), lr=0.1)
+                for call in (
+                    stack.verify,
+                    lambda s=stack, o=optimizer: s.attach(o),
+                    lambda s=stack: s.update(tiny.batches(1, seed=0)),
+                ):
+                    with self.assertRaisesRegex(RuntimeError, r"blocks\.0.*load it"):
+                        call()
+
+    def test_a_cast_before_the_first_lock(self):
+        model = tiny.plain()
+        stack = BitStack(model, 0.3)
+        model.to(torch.bfloat16)
+        stack.update(tiny.batches(2, seed=0))
+        self.assertEqual(stack.verify(), 0)
+        self.assertGreater(stack.stats()["locked"], 0)
+        model.to(torch.float32)  # afterwards the exact values are gone
+        with self.assertRaisesRegex(RuntimeError, "float32.*bfloat16"):
+            stack.verify()
+
     def test_before_any_update(self):
         stack = BitStack(tiny.plain())
         self.assertEqual(stack.verify(), 0)

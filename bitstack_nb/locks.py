@@ -1,16 +1,20 @@
-"""Reading what is locked: masks unpacked on look-up, and the table per layer, module and task."""
+"""What is locked: packed masks and the exact values under them, parameter by parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
+from bitstack_nb import bits, storage
 from bitstack_nb.eligible import place
 
 if TYPE_CHECKING:
     import pandas
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class TaskLocks(NamedTuple):
@@ -18,6 +22,143 @@ class TaskLocks(NamedTuple):
 
     selected: int
     added: int
+
+
+class Locks:
+    """The locked entries of some parameters: one bit per entry, and each locked entry's value.
+
+    Masks are unpacked one parameter at a time. Bits and values follow a parameter that moves to
+    another device; a cast of a parameter with locked entries is refused.
+
+    Args:
+        parameters: what may be locked, by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        self.eligible = sum(p.numel() for p in self.parameters.values())
+        self._bits = {
+            name: torch.zeros(bits.packed_size(p.shape), dtype=torch.uint8, device=p.device)
+            for name, p in self.parameters.items()
+        }
+        # In the order of the flattened parameter.
+        self._values = {name: p.detach().new_empty(0) for name, p in self.parameters.items()}
+        self._tasks: list[dict[str, TaskLocks]] = []
+
+    @property
+    def count(self) -> int:
+        """Locked entries in all."""
+        return sum(len(values) for values in self._values.values())
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters that have locked entries."""
+        return [name for name, values in self._values.items() if len(values)]
+
+    def mask(self, name: str) -> torch.Tensor:
+        """A parameter's mask, unpacked on its device: bool, of its shape, True where locked."""
+        parameter, values = self.parameters[name], self._values[name]
+        if not len(values):  # nothing locked yet: a cast of the model loses nothing
+            values = self._values[name] = parameter.detach().new_empty(0)
+        if parameter.dtype != values.dtype:
+            raise RuntimeError(
+                f"{name} is {parameter.dtype} but its entries were locked as {values.dtype}: "
+                "exact values do not survive a cast; train in the dtype of the locks"
+            )
+        if self._bits[name].device != parameter.device:
+            self._bits[name] = self._bits[name].to(parameter.device)
+            self._values[name] = values.to(parameter.device)
+        return bits.unpack(self._bits[name], parameter.shape)
+
+    @torch.no_grad()
+    def add(self, chosen: Mapping[str, torch.Tensor]) -> None:
+        """Lock a task's entries, given as bool masks, at the values they have now.
+
+        Everything new is computed before anything old is replaced.
+        """
+        new_bits, new_values, task = {}, {}, {}
+        for name, mask in chosen.items():
+            old = self.mask(name)
+            union = mask | old
+            # Entries locked before keep the value they were locked with, wherever they are now.
+            current = self.parameters[name].detach().clone()
+            current.masked_scatter_(old, self._values[name])
+            new_bits[name] = bits.pack(union)
+            new_values[name] = current.masked_select(union)
+            added = len(new_values[name]) - len(self._values[name])
+            task[name] = TaskLocks(int(mask.sum()), added)
+        self._bits, self._values = new_bits, new_values
+        self._tasks.append(task)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put every locked entry back to the value it was locked with."""
+        for name in self.names:
+            self.parameters[name].masked_scatter_(self.mask(name), self._values[name])
+
+    @torch.no_grad()
+    def moved(self) -> dict[str, int]:
+        """Parameters with locked entries that differ in any bit from their values: how many."""
+        moved = {}
+        for name in self.names:
+            present = self.parameters[name].masked_select(self.mask(name))
+            integer = _INTEGERS[present.element_size()]
+            differs = present.view(integer) != self._values[name].view(integer)
+            moved[name] = int(differs.sum())
+        return {name: number for name, number in moved.items() if number}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameter shapes and dtypes, packed masks, locked values, locks per task; all copied."""
+        return {
+            "parameters": {
+                name: {"shape": list(p.shape), "dtype": str(self._values[name].dtype)}
+                for name, p in self.parameters.items()
+            },
+            "bits": {name: packed.clone() for name, packed in self._bits.items()},
+            "values": {name: values.clone() for name, values in self._values.items()},
+            "tasks": [{n: list(locks) for n, locks in task.items()} for task in self._tasks],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state and put its values into the parameters.
+
+        Where it has no values (None) the parameters' present ones are locked. A state of other
+        parameters raises a ``storage.MaskFileError`` that names every mismatch; nothing has
+        changed then.
+        """
+        storage.check_match(state["parameters"], self.parameters)
+        new_bits, new_values = {}, {}
+        for name, p in self.parameters.items():
+            new_bits[name] = state["bits"][name].to(p.device).clone()
+            if state["values"] is None:
+                mask = bits.unpack(new_bits[name], p.shape)
+                new_values[name] = p.detach().masked_select(mask)
+            else:
+                new_values[name] = state["values"][name].to(p.device).clone()
+        self._bits, self._values = new_bits, new_values
+        self._tasks = [{n: TaskLocks(*v) for n, v in task.items()} for task in state["tasks"]]
+        self.restore()
+
+    def layer_table(self) -> pandas.DataFrame:
+        """The table that ``BitStack.layer_table`` documents."""
+        import pandas
+
+        rows = [
+            (*place(name), number, p.numel(), *task[name])
+            for number, task in enumerate(self._tasks, start=1)
+            for name, p in self.parameters.items()
+        ]
+        columns = ["layer", "module", "task", "eligible", "selected", "added"]
+        types = dict.fromkeys(columns, "int64") | {"layer": "Int64", "module": "str"}
+        table = pandas.DataFrame(rows, columns=columns).astype(types)
+        keys = ["layer", "module", "task"]
+        table = table.groupby(keys, as_index=False, dropna=False, sort=False).sum()
+        table["locked"] = table.groupby(keys[:2], dropna=False)["added"].cumsum()
+        fraction = table["locked"] / table["eligible"]
+        # An empty parameter has no entries to lock: 0, not 0 / 0.
+        table["lock_fraction"] = fraction.where(table["eligible"] > 0, 0.0)
+        return table
 
 
 class Masks(Mapping[str, torch.Tensor]):
@@ -36,30 +177,3 @@ class Masks(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def layer_table(
-    sizes: Mapping[str, int], tasks: Sequence[Mapping[str, TaskLocks]]
-) -> pandas.DataFrame:
-    """The table that ``BitStack.layer_table`` documents.
-
-    Args:
-        sizes: entries of each eligible parameter.
-        tasks: for each task in order, its locks by parameter.
-    """
-    import pandas
-
-    rows = [
-        (*place(name), number, size, *task[name])
-        for number, task in enumerate(tasks, start=1)
-        for name, size in sizes.items()
-    ]
-    columns = ["layer", "module", "task", "eligible", "selected", "added"]
-    types = dict.fromkeys(columns, "int64") | {"layer": "Int64", "module": "str"}
-    table = pandas.DataFrame(rows, columns=columns).astype(types)
-    keys = ["layer", "module", "task"]
-    table = table.groupby(keys, as_index=False, dropna=False, sort=False).sum()
-    table["locked"] = table.groupby(keys[:2], dropna=False)["added"].cumsum()
-    # An empty parameter has no entries to lock: 0, not 0 / 0.
-    table["lock_fraction"] = (table["locked"] / table["eligible"]).where(table["eligible"] > 0, 0.0)
-    return table

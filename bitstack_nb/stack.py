@@ -22,9 +22,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from bitstack_nb import bits, eligible, select, storage
+from bitstack_nb import eligible, select, storage
 from bitstack_nb.importance import IMPORTANCE, measure
-from bitstack_nb.locks import Masks, TaskLocks, layer_table
+from bitstack_nb.locks import Locks, Masks
 
 if TYPE_CHECKING:
     import pandas
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 BUDGETS = ("union", "fresh")
 MODES = ("protect",)
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class LockedEntriesMoved(RuntimeError):
@@ -102,20 +101,13 @@ class BitStack:
             "importance": importance,
         }
         self._model = eligible.unwrap(model)
-        self._parameters = eligible.eligible_parameters(self._model, self.settings["exclude"])
-        self._eligible = sum(p.numel() for p in self._parameters.values())
-        if not self._eligible:
+        parameters = eligible.eligible_parameters(self._model, self.settings["exclude"])
+        self._locks = Locks(parameters)
+        if not self._locks.eligible:
             raise ValueError(
                 f"{type(self._model).__name__} has no eligible entries: every parameter is "
                 f"excluded, frozen or empty (exclude is {self.settings['exclude']!r})"
             )
-        self._bits = {
-            name: torch.zeros(bits.packed_size(p.shape), dtype=torch.uint8, device=p.device)
-            for name, p in self._parameters.items()
-        }
-        # The exact values of the locked entries, in the order of the flattened parameter.
-        self._values = {name: p.detach().new_empty(0) for name, p in self._parameters.items()}
-        self._tasks: list[dict[str, TaskLocks]] = []
         self._attached: WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = (
             WeakKeyDictionary()
         )
@@ -143,36 +135,19 @@ class BitStack:
         with self._masks_lifted():
             scores = measure(
                 self._model,
-                self._parameters,
+                self._locks.parameters,
                 loader,
                 n_batches=n_batches,
                 importance=self.settings["importance"],
             )
         if self.settings["budget"] == "fresh":
-            for name in self._locked_names():
-                scores[name].masked_fill_(self._mask(name), 0)
-        chosen = select.top_masks(scores, round(self.settings["sparsity"] * self._eligible))
-        self._lock(chosen)
-        return self.stats()
-
-    @torch.no_grad()
-    def _lock(self, chosen: Mapping[str, torch.Tensor]) -> None:
-        """Add a task's masks. Everything new is computed before anything old is replaced."""
-        new_bits, new_values, task = {}, {}, {}
-        for name, mask in chosen.items():
-            old = self._mask(name)
-            union = mask | old
-            # Entries locked before keep the value they were locked with, wherever they are now.
-            current = self._parameters[name].detach().clone()
-            current.masked_scatter_(old, self._values[name])
-            new_bits[name] = bits.pack(union)
-            new_values[name] = current.masked_select(union)
-            selected = int(mask.sum())
-            task[name] = TaskLocks(selected, len(new_values[name]) - len(self._values[name]))
-        self._bits, self._values = new_bits, new_values
-        self._tasks.append(task)
+            for name in self._locks.names:
+                scores[name].masked_fill_(self._locks.mask(name), 0)
+        budget = round(self.settings["sparsity"] * self._locks.eligible)
+        self._locks.add(select.top_masks(scores, budget))
         self._add_gradient_hooks()
-        logger.info("task %d: %s", len(self._tasks), self.stats())
+        logger.info("locked %s", stats := self.stats())
+        return stats
 
     # The guarantee ------------------------------------------------------------------------------
 
@@ -192,7 +167,7 @@ class BitStack:
             raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer")
         self._check_still_the_models()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if held.isdisjoint(id(p) for p in self._parameters.values()):
+        if held.isdisjoint(id(p) for p in self._locks.parameters.values()):
             raise ValueError(
                 f"this {type(optimizer).__name__} holds none of the stack's parameters: "
                 "build it from the parameters of the model that the stack was made with (shards "
@@ -219,13 +194,10 @@ class BitStack:
 
         return BitStackCallback(self)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Put every locked entry back to the value it was locked with."""
-        for name in self._locked_names():
-            self._parameters[name].masked_scatter_(self._mask(name), self._values[name])
+        self._locks.restore()
 
-    @torch.no_grad()
     def verify(self) -> int:
         """Count the locked entries that are not bit for bit what they were locked with: 0.
 
@@ -233,16 +205,11 @@ class BitStack:
             LockedEntriesMoved: some moved; the message says how many, and where.
         """
         self._check_still_the_models()
-        moved = {}
-        for name in self._locked_names():
-            present = self._parameters[name].masked_select(self._mask(name))
-            integer = _INTEGERS[present.element_size()]
-            differs = present.view(integer) != self._values[name].view(integer)
-            moved[name] = int(differs.sum())
-        if total := sum(moved.values()):
-            where = ", ".join(f"{name} ({n:,})" for name, n in moved.items() if n)
+        moved = self._locks.moved()
+        if moved:
+            where = ", ".join(f"{name} ({number:,})" for name, number in moved.items())
             raise LockedEntriesMoved(
-                f"{total:,} of {self.stats()['locked']:,} locked entries moved: {where}. "
+                f"{sum(moved.values()):,} of {self._locks.count:,} locked entries moved: {where}. "
                 "Call attach(optimizer) before training, or restore() to put them back"
             )
         return 0
@@ -250,7 +217,7 @@ class BitStack:
     def _check_still_the_models(self) -> None:
         """A replaced parameter would be guarded no more, and nothing would tell."""
         present = {id(p) for p in self._model.parameters()}
-        gone = [name for name, p in self._parameters.items() if id(p) not in present]
+        gone = [name for name, p in self._locks.parameters.items() if id(p) not in present]
         if gone:
             raise RuntimeError(
                 f"the model no longer holds {', '.join(gone[:3])}{' ...' if gone[3:] else ''}: a "
@@ -259,8 +226,8 @@ class BitStack:
             )
 
     def _add_gradient_hooks(self) -> None:
-        for name in self._locked_names():
-            parameter = self._parameters[name]
+        for name in self._locks.names:
+            parameter = self._locks.parameters[name]
             if name not in self.handles and parameter.requires_grad:
                 self.handles[name] = parameter.register_hook(self._zero_locked(name))
 
@@ -270,7 +237,7 @@ class BitStack:
                 return None
             self.hook_calls[name] = self.hook_calls.get(name, 0) + 1
             # Not a product with the mask: inf * 0 is NaN.
-            return gradient.masked_fill(self._mask(name), 0)
+            return gradient.masked_fill(self._locks.mask(name), 0)
 
         return hook
 
@@ -287,18 +254,17 @@ class BitStack:
     @property
     def masks(self) -> Mapping[str, torch.Tensor]:
         """Name -> bool tensor of the parameter's shape, True where locked; unpacked on look-up."""
-        return Masks(self._parameters, self._mask)
+        return Masks(self._locks.parameters, self._locks.mask)
 
     def stats(self) -> dict[str, float]:
         """Locked, total and eligible entries; locked in percent of all and of the eligible."""
-        locked = sum(len(values) for values in self._values.values())
-        total = eligible.parameter_count(self._model)
+        locked, total = self._locks.count, eligible.parameter_count(self._model)
         return {
             "locked": locked,
             "total": total,
-            "eligible": self._eligible,
+            "eligible": self._locks.eligible,
             "locked_pct": 100 * locked / total,
-            "frozen_pct": 100 * locked / self._eligible,
+            "frozen_pct": 100 * locked / self._locks.eligible,
         }
 
     def layer_table(self) -> pandas.DataFrame:
@@ -308,43 +274,14 @@ class BitStack:
         by the task), added (of those, not locked before), locked (after the task), lock_fraction
         (locked over eligible, 0 to 1).
         """
-        sizes = {name: p.numel() for name, p in self._parameters.items()}
-        return layer_table(sizes, self._tasks)
-
-    def _locked_names(self) -> list[str]:
-        return [name for name, values in self._values.items() if len(values)]
-
-    def _mask(self, name: str) -> torch.Tensor:
-        """The unpacked mask on the parameter's device, where bits and values follow it."""
-        parameter, values = self._parameters[name], self._values[name]
-        if not len(values):  # nothing locked yet: a cast of the model loses nothing
-            values = self._values[name] = parameter.detach().new_empty(0)
-        if parameter.dtype != values.dtype:
-            raise RuntimeError(
-                f"{name} is {parameter.dtype} but its entries were locked as {values.dtype}: "
-                "exact values do not survive a cast; train in the dtype of the locks"
-            )
-        if self._bits[name].device != parameter.device:
-            self._bits[name] = self._bits[name].to(parameter.device)
-            self._values[name] = values.to(parameter.device)
-        return bits.unpack(self._bits[name], parameter.shape)
+        return self._locks.layer_table()
 
     # Keeping it ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, parameter shapes and dtypes, packed masks, locked values, locks per task."""
-        return {
-            "settings": dict(self.settings),
-            "parameters": {
-                n: {"shape": list(p.shape), "dtype": str(self._values[n].dtype)}
-                for n, p in self._parameters.items()
-            },
-            "bits": {name: packed.clone() for name, packed in self._bits.items()},
-            "values": {name: values.clone() for name, values in self._values.items()},
-            "tasks": [{n: list(locks) for n, locks in task.items()} for task in self._tasks],
-        }
+        return {"settings": dict(self.settings), **self._locks.state_dict()}
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over masks and put the locked values they come with into the model.
 
@@ -354,22 +291,9 @@ class BitStack:
             storage.MaskFileError: the state does not match the model; every mismatch is named
                 and nothing has changed.
         """
-        storage.check_match(state["parameters"], self._parameters)
-        placed = {n: state["bits"][n].to(p.device).clone() for n, p in self._parameters.items()}
-        if state["values"] is None:
-            values = {
-                n: p.detach().masked_select(bits.unpack(placed[n], p.shape))
-                for n, p in self._parameters.items()
-            }
-        else:
-            values = {
-                n: state["values"][n].to(p.device).clone() for n, p in self._parameters.items()
-            }
+        self._locks.load_state_dict(state)
         self.settings = dict(state["settings"])
-        self._bits, self._values = placed, values
-        self._tasks = [{n: TaskLocks(*v) for n, v in task.items()} for task in state["tasks"]]
         self._add_gradient_hooks()
-        self.restore()
 
     def save(self, path: str | os.PathLike[str], *, values: bool = True) -> None:
         """Write the stack as safetensors, one bit per eligible entry.

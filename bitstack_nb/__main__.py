@@ -17,7 +17,7 @@ from bitstack_nb.protocol import PRESETS, STRATEGIES, Protocol
 from bitstack_nb.results import Result, format_table, table
 from bitstack_nb.sampling import SAMPLINGS
 from bitstack_nb.stack import BUDGETS
-from bitstack_nb.tasks import AG_NEWS_BINARY, EVALUATIONS, find_task
+from bitstack_nb.tasks import AG_NEWS_BINARY, EVALUATIONS, FIVE_TASKS, find_task
 
 ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)
 SYNTHETIC = (
@@ -140,15 +140,23 @@ def _add_command(commands: argparse._SubParsersAction, name: str, what: str, **d
     parser = commands.add_parser(name, help=what, description=what)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="smoke", help="settings that the options below change")
+    known = ", ".join(task.name for task in (*FIVE_TASKS, AG_NEWS_BINARY))
     if "tasks" not in defaults:
-        add("--tasks", type=_list(find_task), metavar="A,B", help="in training order")
+        add("--tasks", type=_list(find_task), metavar="A,B", help=f"in training order: {known}")
     add("--strategy", type=_list(_one_of(STRATEGIES)), metavar="A,B", help=", ".join(STRATEGIES))
-    add("--sparsity", type=_list(float), default=[0.12], metavar="S,S", help="shares a task locks")
-    add("--budget", type=_list(_one_of(BUDGETS)), default=["union"], metavar="B,B", help="or fresh")
+    add("--sparsity", type=_list(float), default=[0.12], metavar="S,S", help="share a task locks")
+    add(
+        "--budget",
+        type=_list(_one_of(BUDGETS)),
+        default=["union"],
+        metavar="B,B",
+        help=" or ".join(BUDGETS),
+    )
     add("--seeds", type=_list(int), metavar="N,N", help="one run each; the preset's if not given")
+    group = parser.add_argument_group("settings", "what is not given is as in the preset")
     for name, (kind, text) in _SETTINGS.items():
-        choices = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        add(f"--{name.replace('_', '-')}", help=f"{text}; as in the preset if not given", **choices)
+        values = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "X"}
+        group.add_argument(f"--{name.replace('_', '-')}", help=text, **values)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add(
         "--output",

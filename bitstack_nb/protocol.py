@@ -105,7 +105,7 @@ class Protocol:
         unknown = sorted(set(record) - known)
         if unknown:
             raise ValueError(f"unknown protocol settings: {', '.join(unknown)}")
-        tasks = tuple(_task(task) for task in record["tasks"])
+        tasks = tuple(Task(**task) for task in record["tasks"])
         return cls(**{**record, "tasks": tasks})
 
     @property
@@ -119,11 +119,6 @@ class Protocol:
         """The same protocol for another strategy, at its settings."""
         defaults = {key: getattr(Protocol, key) for key in _OWN_SETTINGS.get(strategy, ())}
         return replace(self, strategy=strategy, **{**defaults, **settings})
-
-
-def _task(record: Mapping[str, Any]) -> Task:
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-    return Task(**tuples)
 
 
 # quick: real data, minutes on a T4. published: the settings of the published table.

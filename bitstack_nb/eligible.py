@@ -15,7 +15,14 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 # Children that are heads in modules which do not say what their backbone is.
-_HEADS = {"classifier", "classification_head", "cls", "fc", "head", "heads", "lm_head"} | {
+_HEADS = {
+    "classification_head",
+    "classifier",
+    "cls",
+    "fc",
+    "head",
+    "heads",
+    "lm_head",
     "pre_classifier",
     "qa_outputs",
     "score",

@@ -285,6 +285,7 @@ class _Sequence:
             metrics=metrics.summarize(self.numbers["matrix"]),
             locks=self.strategy.layer_records(),
             lock_stats=self.numbers["lock_stats"],
+            importance=self.strategy.importance_record(),
             times={**times, "total": sum(sum(parts) for parts in times.values())},
             peak_memory=self.numbers["peak_memory"],
             provenance=self.numbers["origin"],

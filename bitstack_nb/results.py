@@ -43,7 +43,8 @@ class Result:
     matrix: accuracies in percent, see ``metrics``; None only where ``provenance["published"]``
     names the source of numbers that were not measured here. metrics: name -> value or None.
     locks: the records of the last ``BitStack.layer_table()``. lock_stats: ``BitStack.stats()``
-    after each task. times: seconds. peak_memory: MiB. Raises ResultError, and TypeError for values
+    after each task. importance: what other sparsities would have locked, the record of a
+    ``LockCurves``. times: seconds. peak_memory: MiB. Raises ResultError, and TypeError for values
     that JSON cannot hold.
     """
 
@@ -52,6 +53,7 @@ class Result:
     metrics: dict[str, float | None]
     locks: list[dict[str, Any]] = field(default_factory=list)
     lock_stats: list[dict[str, Any]] = field(default_factory=list)
+    importance: dict[str, Any] = field(default_factory=dict)
     times: dict[str, Any] = field(default_factory=dict)
     peak_memory: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -281,10 +283,10 @@ def _checked(data: Any) -> dict[str, Any]:
             "or a newer one"
         )
     names = {item.name for item in fields(Result)}
-    optional = {"locks", "lock_stats", "times", "peak_memory"}
+    optional = {"importance"}  # runs recorded by earlier versions have none
     source = data.get("provenance")
-    if not (isinstance(source, dict) and source.get("published")):
-        optional = set()
+    if isinstance(source, dict) and source.get("published"):
+        optional |= {"locks", "lock_stats", "times", "peak_memory"}
     missing, unknown = names - optional - set(data), set(data) - names - {"format"}
     if missing or unknown:
         raise ResultError(

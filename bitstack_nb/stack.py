@@ -117,13 +117,21 @@ class BitStack:
 
     # The method ---------------------------------------------------------------------------------
 
-    def update(self, loader: Iterable[Mapping[str, Any]], n_batches: int = 32) -> dict[str, float]:
+    def update(
+        self,
+        loader: Iterable[Mapping[str, Any]],
+        n_batches: int = 32,
+        *,
+        observe: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
+    ) -> dict[str, float]:
         """Lock the entries that matter most for the task that ``loader`` gives batches of.
 
         Args:
             loader: batches, each a mapping with ``labels``; keys that the model's forward does
                 not take are dropped.
             n_batches: how many to use; fewer are fine.
+            observe: called with the importance, float32 by parameter name, before anything is
+                locked (:class:`bitstack_nb.curves.CurveRecorder`).
 
         Returns:
             The new :meth:`stats`.
@@ -140,6 +148,8 @@ class BitStack:
                 n_batches=n_batches,
                 importance=self.settings["importance"],
             )
+        if observe is not None:
+            observe(scores)
         if self.settings["budget"] == "fresh":
             for name in self._locks.names:
                 scores[name].masked_fill_(self._locks.mask(name), 0)

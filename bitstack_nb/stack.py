@@ -139,15 +139,7 @@ class BitStack:
         Raises:
             ValueError, TypeError: see :func:`bitstack_nb.importance.measure`. Nothing has changed.
         """
-        self._check_still_the_models()
-        with self._masks_lifted():
-            scores = measure(
-                self._model,
-                self._locks.parameters,
-                loader,
-                n_batches=n_batches,
-                importance=self.settings["importance"],
-            )
+        scores = self.measure(loader, n_batches)
         if observe is not None:
             observe(scores)
         if self.settings["budget"] == "fresh":
@@ -158,6 +150,23 @@ class BitStack:
         self._add_gradient_hooks()
         logger.info("locked %s", stats := self.stats())
         return stats
+
+    def measure(
+        self, loader: Iterable[Mapping[str, Any]], n_batches: int = 32
+    ) -> dict[str, torch.Tensor]:
+        """The importance that :meth:`update` would go by: masks lifted, nothing locked or changed.
+
+        Arguments and errors as there; float32 by parameter name, of the parameter's shape.
+        """
+        self._check_still_the_models()
+        with self._masks_lifted():
+            return measure(
+                self._model,
+                self._locks.parameters,
+                loader,
+                n_batches=n_batches,
+                importance=self.settings["importance"],
+            )
 
     # The guarantee ------------------------------------------------------------------------------
 

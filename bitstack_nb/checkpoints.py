@@ -114,8 +114,8 @@ def _locate(name: str) -> tuple[Path, dict[str, Any]]:
         return folder, {"source": "folder", "sha256": _weight_digests(folder)}
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BackboneError(f"{name}: no such folder; give a folder or a Hub name (owner/model)")
-    # A folder for Hub models, too, because of a request that fails transformers may make a file that
-    # is not there, and some it sends (and retries) even if told to stay local.
+    # Hub models are loaded from their folder in the cache, too: transformers may take a request that
+    # failed for a file that is not there, and sends some even if told to stay local.
     folder = _fetch(name)
     return folder, {"source": "hub", "revision": folder.name}
 
@@ -174,19 +174,16 @@ def _weight_digests(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' loading reports and bars, but not the Hub's download bars."""
+    """Silence transformers' loading reports and bars."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     downloads = not are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # silences the Hub's, too
-    if downloads:
-        enable_progress_bars()
+    transformers_logging.disable_progress_bar()  # the Hub's, too
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-        if not downloads:
-            disable_progress_bars()
+        (enable_progress_bars if downloads else disable_progress_bars)()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,3 +52,11 @@ def _missing_packages() -> list[str]:
     project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())
     names = [re.match(r"\w+", need)[0] for need in project["project"]["dependencies"]]
     return [name for name in names if not find_spec(name)]
+
+
+def report(checks: Mapping[str, bool]) -> str:
+    """A line with PASS or FAIL per check, and one for all."""
+    lines = [f"{'PASS' if passed else 'FAIL'}  {what}" for what, passed in checks.items()]
+    failed = sum(not passed for passed in checks.values())
+    all_of_them = f"{failed} of {len(checks)} checks failed" if failed else "all checks passed"
+    return "\n".join([*lines, f"\n{'FAIL' if failed else 'PASS'}: {all_of_them}"])

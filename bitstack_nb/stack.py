@@ -117,13 +117,21 @@ class BitStack:
 
     # The method ---------------------------------------------------------------------------------
 
-    def update(self, loader: Iterable[Mapping[str, Any]], n_batches: int = 32) -> dict[str, float]:
+    def update(
+        self,
+        loader: Iterable[Mapping[str, Any]],
+        n_batches: int = 32,
+        *,
+        observe: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
+    ) -> dict[str, float]:
         """Lock the entries that matter most for the task that ``loader`` gives batches of.
 
         Args:
             loader: batches, each a mapping with ``labels``; keys that the model's forward does
                 not take are dropped.
             n_batches: how many to use; fewer are fine.
+            observe: called with the importance, float32 by parameter name, before anything is
+                locked (:class:`bitstack_nb.curves.CurveRecorder`).
 
         Returns:
             The new :meth:`stats`.
@@ -131,15 +139,9 @@ class BitStack:
         Raises:
             ValueError, TypeError: see :func:`bitstack_nb.importance.measure`. Nothing has changed.
         """
-        self._check_still_the_models()
-        with self._masks_lifted():
-            scores = measure(
-                self._model,
-                self._locks.parameters,
-                loader,
-                n_batches=n_batches,
-                importance=self.settings["importance"],
-            )
+        scores = self.measure(loader, n_batches)
+        if observe is not None:
+            observe(scores)
         if self.settings["budget"] == "fresh":
             for name in self._locks.names:
                 scores[name].masked_fill_(self._locks.mask(name), 0)
@@ -148,6 +150,23 @@ class BitStack:
         self._add_gradient_hooks()
         logger.info("locked %s", stats := self.stats())
         return stats
+
+    def measure(
+        self, loader: Iterable[Mapping[str, Any]], n_batches: int = 32
+    ) -> dict[str, torch.Tensor]:
+        """The importance that :meth:`update` would go by: masks lifted, nothing locked or changed.
+
+        Arguments and errors as there; float32 by parameter name, of the parameter's shape.
+        """
+        self._check_still_the_models()
+        with self._masks_lifted():
+            return measure(
+                self._model,
+                self._locks.parameters,
+                loader,
+                n_batches=n_batches,
+                importance=self.settings["importance"],
+            )
 
     # The guarantee ------------------------------------------------------------------------------
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from bitstack_nb.curves import CurveRecorder
 from bitstack_nb.protocol import Protocol
 from bitstack_nb.stack import BitStack
 
@@ -39,6 +41,10 @@ class FineTune:
         """Rows of the stack's layer table, for strategies that lock."""
         return []
 
+    def importance_record(self) -> dict[str, Any]:
+        """What other sparsities would have locked, for strategies that lock by importance."""
+        return {}
+
     def save(self, folder: Path) -> None:
         """Write what the strategy knows besides the model into an existing folder."""
 
@@ -53,6 +59,7 @@ class Masked(FineTune):
         super().__init__(model, protocol)
         self._n_batches = protocol.n_batches
         self._stack = BitStack(model, protocol.sparsity, budget=protocol.budget)
+        self._recorder = CurveRecorder(self._stack.masks)
 
     def callbacks(self) -> list[TrainerCallback]:
         """Keeps locked entries exact, and verifies them after the stage."""
@@ -60,7 +67,7 @@ class Masked(FineTune):
 
     def after_stage(self, loader: Iterable[Mapping[str, Any]]) -> None:
         """Lock the entries that matter for the stage's task."""
-        self._stack.update(loader, n_batches=self._n_batches)
+        self._stack.update(loader, n_batches=self._n_batches, observe=self._recorder.add)
 
     def stats(self) -> dict[str, float] | None:
         """The stack's statistics."""
@@ -72,13 +79,19 @@ class Masked(FineTune):
         table["layer"] = table["layer"].astype(object).where(table["layer"].notna(), None)
         return table.to_dict("records")
 
+    def importance_record(self) -> dict[str, Any]:
+        """The lock curves of the importance measured so far."""
+        return self._recorder.curves().to_record()
+
     def save(self, folder: Path) -> None:
-        """Masks and locked values."""
+        """Masks, locked values, and at which sparsity each entry would be locked."""
         self._stack.save(folder / "masks.safetensors")
+        save_file(self._recorder.state_dict(), folder / "curves.safetensors")
 
     def load(self, folder: Path) -> None:
-        """Masks and locked values; the hooks are back too."""
+        """The counterpart of :meth:`save`; the hooks are back too."""
         self._stack = BitStack.load(folder / "masks.safetensors", self.model)
+        self._recorder.load_state_dict(load_file(folder / "curves.safetensors"))
 
 
 class Joint(FineTune):

@@ -60,3 +60,22 @@ def report(checks: Mapping[str, bool]) -> str:
     failed = sum(not passed for passed in checks.values())
     all_of_them = f"{failed} of {len(checks)} checks failed" if failed else "all checks passed"
     return "\n".join([*lines, f"\n{'FAIL' if failed else 'PASS'}: {all_of_them}"])
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``40 s``, ``3 min``, ``1 h 20 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def output_folder(path: str) -> Path:
+    """The folder for results; one under ``/content/drive`` mounts Google Drive on Colab first."""
+    if path.startswith("/content/drive/") and not Path("/content/drive/MyDrive").is_dir():
+        from google.colab import drive  # only there, and asks for permission
+
+        drive.mount("/content/drive")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

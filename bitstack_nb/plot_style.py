@@ -19,7 +19,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from bitstack_nb.results import Result, ResultError, configurations
+from bitstack_nb.results import Result, ResultError
+from bitstack_nb.tables import configurations
 
 WIDTH = 9.0  # inches: a notebook's column at DPI
 DPI = 110
@@ -125,10 +126,10 @@ class Group(NamedTuple):
 
 
 def grouped(results: Iterable[Result]) -> list[Group]:
-    """Configurations in the order of ``results.table``: measured ones, then published ones.
+    """Configurations in the order of ``tables.table``: measured ones, then published ones.
 
     A colour stands for a strategy and budget, grey and a diamond for what was published elsewhere.
-    Raises ResultError as ``results.configurations`` does.
+    Raises ResultError as ``tables.configurations`` does.
     """
     results = list(results)
     if not results:

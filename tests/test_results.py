@@ -16,14 +16,8 @@ import torch
 import bitstack_nb
 from bitstack_nb.metrics import mean_interval, summarize
 from bitstack_nb.provenance import git_state, provenance
-from bitstack_nb.results import (
-    FORMAT,
-    Result,
-    ResultError,
-    format_table,
-    load_results,
-    table,
-)
+from bitstack_nb.results import FORMAT, Result, ResultError, load_results
+from bitstack_nb.tables import format_table, provenance_table, readable, table
 
 TASKS = [{"name": "imdb", "num_labels": 2}, {"name": "ag_news", "num_labels": 4}]
 

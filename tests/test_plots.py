@@ -24,7 +24,7 @@ from bitstack_nb.figures import FILE_DPI
 from bitstack_nb.lock_plots import ablation, capacity, lock_heatmaps, mask_bytes
 from bitstack_nb.metrics import forgetting_per_task as points_lost
 from bitstack_nb.metrics import mean_interval, paired_difference
-from bitstack_nb.plot_style import Figure, png
+from bitstack_nb.plot_style import DPI, Figure, png
 from bitstack_nb.plots import (
     accuracy_matrices,
     comparison,
@@ -139,6 +139,9 @@ def test_the_same_input_gives_the_same_picture_whatever_the_user_has_set(name):
         plt.style.use("dark_background")
         mpl.rcParams |= {"savefig.dpi": 30, "font.family": "serif", "savefig.transparent": True}
         before = dict(mpl.rcParams)
+        inline = io.BytesIO()  # as pyplot's inline backend draws what a cell returns
+        FIGURES[name]().canvas.print_figure(inline, dpi=DPI, metadata={"Software": None})
+        assert inline.getvalue() == expected
         assert png(FIGURES[name]()) == figure._repr_png_() == expected
         assert dict(mpl.rcParams) == before
     assert not plt.get_fignums()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from bitstack_nb.protocol import PRESETS, default_preset
 from bitstack_nb.provenance import provenance
 
+_ROOT = Path(__file__).resolve().parents[1]
 # Colab's own builds fit its driver and each other: pip may not replace them.
 _HELD = ("torch", "numpy")
 
@@ -49,7 +51,7 @@ def describe() -> str:
 
 def _missing_packages() -> list[str]:
     """Dependencies named in ``pyproject.toml`` that cannot be imported."""
-    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text())
     names = [re.match(r"\w+", need)[0] for need in project["project"]["dependencies"]]
     return [name for name in names if not find_spec(name)]
 
@@ -68,6 +70,11 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def default_output() -> str:
+    """Where the notebooks keep runs: ``BITSTACK_OUTPUT``, else ``results/runs`` in the checkout."""
+    return os.environ.get("BITSTACK_OUTPUT") or str(_ROOT / "results" / "runs")
 
 
 def output_folder(path: str) -> Path:

@@ -85,22 +85,25 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def trainable_heads(model: nn.Module) -> list[nn.Parameter]:
+    """The heads' trainable parameters; a ValueError if there are none."""
+    heads = [p for p in head_parameters(model).values() if p.requires_grad]
+    if not heads:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable head, and recall gives each task its own: "
+            f"name it as one of {', '.join(sorted(_HEADS))}"
+        )
+    return heads
+
+
 def recall_parameters(
     model: nn.Module, exclude: Iterable[str] | None
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """What tasks may own, and what stays at the base: the eligible and all others but heads'.
 
     Heads are never eligible here, whatever ``exclude`` says: each task brings its own.
-
-    Raises:
-        ValueError: the model has no head that could be trained.
     """
     heads = set(head_parameters(model).values())
-    if not any(head.requires_grad for head in heads):
-        raise ValueError(
-            f"{type(model).__name__} has no trainable head, and recall gives each task its own: "
-            f"name it as one of {', '.join(sorted(_HEADS))}"
-        )
     own = {n: p for n, p in eligible_parameters(model, exclude).items() if p not in heads}
     owned = set(own.values())
     fixed = {

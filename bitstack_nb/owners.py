@@ -9,7 +9,7 @@ two tasks own one entry needs no check. ``recall`` decides what is chosen and wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,8 @@ class Owners:
 
     Tasks are counted from 0; None is the base. One task at a time is *open*: its entries may move
     until it is closed, and it is the last. All follow a model that moves to another device; a cast
-    is refused. A copy of the base is kept from the start, because weights that may not move can
-    only be put back from one; a loaded state has none before the first task that is opened.
+    is refused. A copy of the base is kept, because weights that may not move can only be put back
+    from one; inference does without (:meth:`release_base`).
 
     Args:
         parameters: what tasks may own, by name: the eligible ones.
@@ -48,7 +48,7 @@ class Owners:
         self.held = {**parameters, **fixed}
         self.eligible = sum(p.numel() for p in self.parameters.values())
         self.shown: int | None = None
-        self._buffers = buffers
+        self._buffers, self._buffer_names = buffers, set(buffers())
         self._planes = {
             name: torch.zeros(0, bits.packed_size(p.shape), dtype=torch.uint8, device=p.device)
             for name, p in self.parameters.items()
@@ -89,7 +89,7 @@ class Owners:
 
     def mask(self, name: str) -> torch.Tensor:
         """The entries of a parameter that any task owns: bool, of its shape and on its device."""
-        self._follow()
+        self._follow({name: self.parameters[name]})
         mask = bits.unpack(bits.owned_by_any(self._planes[name]), self.parameters[name].shape)
         if self._open is not None:
             _put(mask, self._open[name], True)
@@ -102,6 +102,9 @@ class Owners:
         own = bits.owned(self._planes[name], task)
         return bits.positions(own, self.parameters[name].shape)
 
+    def _entries(self, task: int | None) -> dict[str, torch.Tensor]:
+        return {} if task is None else {n: self._positions(task, n) for n in self.parameters}
+
     # One task at a time -------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -109,21 +112,24 @@ class Owners:
         """Put a task's entries into the model, in the place of those of the one shown now."""
         if task == self.shown:
             return
-        self._follow()
+        self._follow(self.parameters)
+        # All is found before anything is written.
+        former, coming = self._entries(self.shown), self._entries(task)
+        aside, covered, own = {}, {}, {}
+        for name, parameter in self.parameters.items():
+            if self._shows_open:
+                aside[name] = _take(parameter, former[name])
+            if task is not None:
+                base = parameter if self._base is None else self._base[name]
+                covered[name] = _take(base, coming[name])
+                own[name] = (self._aside if task == self.closed else self._values[task])[name]
         for name, parameter in self.parameters.items():
             if self.shown is not None:
-                where = self._positions(self.shown, name)
-                if self._shows_open:
-                    self._aside[name] = _take(parameter, where)
-                _put(parameter, where, self._covered.pop(name))
+                _put(parameter, former[name], self._covered[name])
             if task is not None:
-                where = self._positions(task, name)
-                base = parameter if self._base is None else self._base[name]
-                self._covered[name] = _take(base, where)
-                is_open = task == self.closed
-                _put(
-                    parameter, where, self._aside.pop(name) if is_open else self._values[task][name]
-                )
+                _put(parameter, coming[name], own[name])
+        self._aside = {} if task == self.closed else aside or self._aside
+        self._covered = covered
         self.shown = task
         # Inside autocast the next forward would read the casts of the weights that were there.
         torch.clear_autocast_cache()
@@ -141,9 +147,9 @@ class Owners:
     @torch.no_grad()
     def open(self, chosen: Mapping[str, torch.Tensor]) -> None:
         """Open a task that owns these entries (bool masks). The base must be shown."""
-        self._open = {name: mask.flatten().nonzero().flatten() for name, mask in chosen.items()}
-        self._covered = {n: _take(p, self._open[n]) for n, p in self.parameters.items()}
-        self.shown = self.closed
+        where = {name: mask.flatten().nonzero().flatten() for name, mask in chosen.items()}
+        self._covered = {n: _take(p, where[n]) for n, p in self.parameters.items()}
+        self._open, self.shown = where, self.closed
 
     @torch.no_grad()
     def close(self) -> None:
@@ -169,45 +175,62 @@ class Owners:
             self._base = {n: t.detach().clone() for n, t in self._everything().items()}
             self.show(shown)
 
+    def release_base(self) -> None:
+        """Drop the copy; ``restore`` and ``moved`` know the shown task's own entries only then."""
+        self._base = None
+
     def movable_part(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of a parameter, zero except where the open task is shown and may move."""
         part = torch.zeros_like(gradient)
         if self._shows_open and name in self._open:
+            self._follow({name: self.parameters[name]})
             _put(part, self._open[name], _take(gradient, self._open[name]))
         return part
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back to the model of the task shown, but for the open task's entries."""
-        for _, tensor, expected in self._with_expected():
-            tensor.copy_(expected)
+        for name, tensor in self._followed():
+            own = self._own(name, tensor)
+            if self._base is not None:
+                tensor.copy_(self._base[name])
+            if own is not None:
+                _put(tensor, *own)
 
     @torch.no_grad()
     def moved(self) -> dict[str, int]:
         """Tensors with entries that differ in any bit from what they should be: how many."""
-        moved = {name: differing(tensor, other) for name, tensor, other in self._with_expected()}
+        moved = {}
+        for name, tensor in self._followed():
+            expected = (tensor if self._base is None else self._base[name]).detach().clone()
+            own = self._own(name, tensor)
+            if own is not None:
+                _put(expected, *own)
+            moved[name] = differing(tensor, expected)
         return {name: number for name, number in moved.items() if number}
 
-    def _with_expected(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Each tensor and what it should be: without a copy of the base, in the task's entries."""
-        self._follow()
-        for name, tensor in self._everything().items():
-            expected = (tensor if self._base is None else self._base[name]).detach().clone()
-            if self.shown is not None and name in self.parameters:
-                where = self._positions(self.shown, name)
-                own = _take(tensor, where) if self._shows_open else self._values[self.shown][name]
-                _put(expected, where, own)
-            yield name, tensor, expected
+    def _own(self, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Where the shown task's entries are, and their values: the open one's as they stand."""
+        if self.shown is None or name not in self.parameters:
+            return None
+        where = self._positions(self.shown, name)
+        return where, _take(tensor, where) if self._shows_open else self._values[self.shown][name]
+
+    def _followed(self) -> Iterable[tuple[str, torch.Tensor]]:
+        everything = self._everything()
+        self._follow(everything)
+        return everything.items()
 
     def _everything(self) -> dict[str, torch.Tensor]:
         """All that has a value in the base: parameters and buffers, those of heads apart."""
-        return {**self.held, **self._buffers()}
+        buffers = {n: b for n, b in self._buffers().items() if n in self._buffer_names}
+        return {**self.held, **buffers}
 
-    def _follow(self) -> None:
-        """Go to the devices of the model's tensors; refuse another dtype."""
+    def _follow(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go to the devices of these of the model's tensors; refuse another dtype."""
         stores = [self._planes, *self._values, self._aside, self._covered]
         stores += [self._open or {}, self._base or {}]
-        for name, tensor in self._everything().items():
+        for name, tensor in tensors.items():
             if (tensor.dtype, tensor.device) == self._kept_as[name]:
                 continue
             if tensor.dtype != self._kept_as[name][0]:
@@ -263,7 +286,10 @@ class Owners:
         self._values = [
             {n: own.to(device[n]).clone() for n, own in task.items()} for task in state["values"]
         ]
-        self._base, self._digests = None, dict(state["base"])
+        self._digests = dict(state["base"])
+        if self._base is not None:
+            self._base = None
+            self.keep_base()
         self.show(self.closed - 1 if self.closed else None)
 
     def _check_closed(self, why: str) -> None:

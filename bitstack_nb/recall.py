@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 def make_owners(model: nn.Module, exclude: Iterable[str] | None) -> Owners:
     """Owners of the model's eligible entries; errors as in ``BitStack``."""
+    eligible.trainable_heads(model)  # or an error now
     own, fixed = eligible.recall_parameters(model, exclude)
     return Owners(own, fixed, partial(eligible.backbone_buffers, model))
 
@@ -63,7 +64,7 @@ class Recall:
         check_fitting(head_steps, head_learning_rate)
         self._guard.check_still_the_models()
         budget = self._next_budget()
-        heads = [p for p in eligible.head_parameters(self._model).values() if p.requires_grad]
+        heads = eligible.trainable_heads(self._model)
         with undisturbed_rng(heads[0].device):
             batches = list(islice(loader, max(n_batches, head_steps)))
         owners.keep_base()

@@ -365,4 +365,6 @@ class BitStack:
         except (TypeError, ValueError) as error:
             raise storage.MaskFileError(f"{path} does not fit this model: {error}") from error
         stack.load_state_dict(state)
+        if stack._recall is not None:
+            stack._locks.release_base()  # attach and begin make another
         return stack

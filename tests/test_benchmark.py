@@ -229,7 +229,7 @@ def test_own_tasks_from_a_folder_on_any_classifier(tmp_path, folders, architectu
 
 def test_half_precision_is_on_in_every_stage_and_evaluation(tmp_path, monkeypatch):
     """accelerate's mark on the model once kept the second Trainer from autocast."""
-    monkeypatch.setattr(training, "_half_precision", lambda device: "bf16")
+    monkeypatch.setattr(training, "half_precision", lambda device: "bf16")
     dtypes = {"train": [], "evaluate": [], "update": []}
 
     def watched(what, real):

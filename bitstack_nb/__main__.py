@@ -7,16 +7,18 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import datasets
 import torch
 
 from bitstack_nb.benchmark import run
-from bitstack_nb.protocol import PRESETS, STRATEGIES, Protocol
+from bitstack_nb.importance import IMPORTANCE
+from bitstack_nb.protocol import OWN_SETTINGS, PRESETS, STRATEGIES, Protocol
 from bitstack_nb.results import Result, load_results
 from bitstack_nb.sampling import SAMPLINGS
-from bitstack_nb.stack import BUDGETS
+from bitstack_nb.settings import BUDGETS
 from bitstack_nb.tables import format_table, table
 from bitstack_nb.tasks import AG_NEWS_BINARY, EVALUATIONS, FIVE_TASKS, find_task
 
@@ -99,12 +101,10 @@ def _benchmark(options: argparse.Namespace) -> list[Protocol]:
 
 
 def _variants(base: Protocol, strategy: str, options: argparse.Namespace) -> list[Protocol]:
-    if strategy != "bitstack":
-        return [base.with_strategy(strategy)]
+    names = [name for name in _CHOICES if name in OWN_SETTINGS.get(strategy, ())]
     return [
-        base.with_strategy(strategy, sparsity=sparsity, budget=budget)
-        for budget in options.budget
-        for sparsity in options.sparsity
+        base.with_strategy(strategy, **dict(zip(names, values, strict=True)))
+        for values in product(*(getattr(options, name) for name in names))
     ]
 
 
@@ -182,6 +182,13 @@ def _add_command(commands: argparse._SubParsersAction, name: str, what: str, **d
         metavar="B,B",
         help=" or ".join(BUDGETS),
     )
+    add(
+        "--importance",
+        type=_list(_one_of(tuple(IMPORTANCE))),
+        default=["gradient"],
+        metavar="I,I",
+        help=" or ".join(IMPORTANCE),
+    )
     add("--seeds", type=_list(int), metavar="N,N", help="one run each; the preset's if not given")
     group = parser.add_argument_group("settings", "what is not given is as in the preset")
     for name, (kind, text) in _SETTINGS.items():
@@ -223,6 +230,8 @@ def _one_of(known: Sequence[str]):
     return parse
 
 
+# Options of which each combination is a run, for the strategies that have them.
+_CHOICES = ("importance", "budget", "sparsity")
 _SETTINGS = {
     "model": (str, "Hub name or folder of a sequence classifier; tiny-gpt2 is made on the spot"),
     "data": (str, "embedded (synthetic), hub, or a folder with <dataset>/train.parquet"),
@@ -232,6 +241,7 @@ _SETTINGS = {
     "epochs": (float, "passes over each task's sample"),
     "batch_size": (int, "examples per step"),
     "learning_rate": (float, "of AdamW"),
+    "head_learning_rate": (float, "of the heads; the same if not given"),
     "sampling": (SAMPLINGS, "drawn by class, or the published slices"),
     "evaluate_on": (EVALUATIONS, "the test split, or held-out training data to choose settings on"),
 }

@@ -114,7 +114,7 @@ class _Sequence:
             "stages_done": 0,
             "matrix": [[None] * len(self.tasks) for _ in self.tasks],
             "lock_stats": [],
-            "times": {"train": [], "update": [], "evaluate": []},
+            "times": {"begin": [], "train": [], "update": [], "evaluate": []},
             "peak_memory": {},
             # Taken now, because the checkout may move on while the run goes on.
             "origin": {
@@ -140,9 +140,12 @@ class _Sequence:
         return self._result()
 
     def _train(self, number: int, stage: list[int], bar: tqdm) -> None:
+        model = self._module(stage)
+        with self._timed("begin"):
+            self.strategy.before_stage(self._loader(number, stage))
         with self._timed("train"):
             train(
-                self._module(stage),
+                model,
                 self._stage_data(stage),
                 self.collate,
                 protocol=self.protocol,
@@ -152,32 +155,35 @@ class _Sequence:
             )
 
     def _lock(self, number: int, stage: list[int]) -> None:
-        generator = torch.Generator().manual_seed(self._seed(number))
-        loader = DataLoader(
-            self._stage_data(stage),
-            batch_size=self.protocol.batch_size,
-            shuffle=True,
-            generator=generator,
-            collate_fn=self.collate,
-        )
         with self._timed("update"):
-            self.strategy.after_stage(loader)
+            self.strategy.after_stage(self._loader(number, stage))
         if (stats := self.strategy.stats()) is not None:
             self.numbers["lock_stats"].append(stats)
 
     def _evaluate(self, last: int, bar: tqdm) -> None:
         with self._timed("evaluate"):
             for task in range(last + 1):
-                self.numbers["matrix"][last][task] = accuracy(
-                    self.heads.use(self.protocol.tasks[task].name),
-                    self.test_data[task],
-                    self.collate,
-                    protocol=self.protocol,
-                    device=self.device,
-                    callbacks=[ProgressBar(bar)],
-                )
+                with self.strategy.model_of(task):
+                    self.numbers["matrix"][last][task] = accuracy(
+                        self.heads.use(self.protocol.tasks[task].name),
+                        self.test_data[task],
+                        self.collate,
+                        protocol=self.protocol,
+                        device=self.device,
+                        callbacks=[ProgressBar(bar)],
+                    )
         row = [f"{a:.1f}" for a in self.numbers["matrix"][last][: last + 1]]
         logger.info("%s after task %d: %s", self.protocol.name, last + 1, " ".join(row))
+
+    def _loader(self, number: int, stage: list[int]) -> DataLoader:
+        """The stage's training data in an order of its own, for the strategy."""
+        return DataLoader(
+            self._stage_data(stage),
+            batch_size=self.protocol.batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self._seed(number)),
+            collate_fn=self.collate,
+        )
 
     def _module(self, stage: list[int]) -> torch.nn.Module:
         if len(stage) > 1:
@@ -211,7 +217,8 @@ class _Sequence:
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.numbers["times"][what].append(time.perf_counter() - start)
+        # A run that an earlier version began has no list for a step that was added since.
+        self.numbers["times"].setdefault(what, []).append(time.perf_counter() - start)
 
     # Resuming -----------------------------------------------------------------------------------
 
@@ -251,10 +258,11 @@ class _Sequence:
             numbers = json.loads((folder / "numbers.json").read_text())
             self._check_same(numbers["origin"], folder)
             self.heads.load_state_dict(load_file(folder / "heads.safetensors"))
+            # First the strategy, because recall takes the model at its base.
+            self.strategy.load(folder)
             # The checkpoint was written with the last task's head in place.
             model = self.heads.use(self.protocol.tasks[self.stages[done - 1][-1]].name)
             model.load_state_dict(load_file(folder / "model.safetensors"))
-            self.strategy.load(folder)
         except (SafetensorError, MaskFileError, json.JSONDecodeError, OSError) as error:
             raise ValueError(
                 f"the state to resume from is damaged ({error}): delete {self.state} to start "

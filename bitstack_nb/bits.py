@@ -1,4 +1,4 @@
-"""Masks at one bit per entry: pack, unpack, count. Pure tensor functions.
+"""Masks at one bit per entry: pack, unpack, positions, count. Pure tensor functions.
 
 Bit order is little (entry ``i`` of the flattened mask is bit ``i % 8`` of byte ``i // 8``), as
 ``numpy.packbits(mask, bitorder="little")`` writes it. Eight entries are handled at a time by
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import numpy
 import torch
 
 # Multiplying eight 0/1 bytes by this moves byte i to bit 56 + i (Hacker's Delight, section 7-4).
@@ -44,8 +45,48 @@ def unpack(bits: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return spread.view(torch.uint8)[: prod(shape)].ne(0).view(tuple(shape))
 
 
+def positions(bits: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Where the set bits are: int64 positions in the flattened tensor of ``shape``, ascending."""
+    if bits.device.type != "cpu":
+        return unpack(bits, shape).flatten().nonzero().flatten()
+    # On the CPU numpy is seven times as fast, and switching tasks waits for this.
+    mask = numpy.unpackbits(bits.numpy(), count=prod(shape), bitorder="little").view(bool)
+    return torch.from_numpy(numpy.flatnonzero(mask))
+
+
 def count(bits: torch.Tensor) -> int:
     """Number of set bits in a packed mask."""
     pairs = bits - ((bits >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return int(((nibbles + (nibbles >> 4)) & 0x0F).sum(dtype=torch.int64))
+
+
+# Several disjoint masks in one stack of planes: entry i is of mask t when bit i of plane b is bit b
+# of t + 1, for all planes b; an entry of none has no bit set.
+
+
+def owned(planes: torch.Tensor, mask: int) -> torch.Tensor:
+    """The packed mask number ``mask`` (from 0) of uint8 planes ``[planes, bytes]``."""
+    own = torch.full_like(planes[0], 255)
+    for bit, plane in enumerate(planes):
+        own &= plane if (mask + 1) >> bit & 1 else ~plane
+    return own
+
+
+def owned_by_any(planes: torch.Tensor) -> torch.Tensor:
+    """The packed union of all masks of uint8 planes ``[planes, bytes]``."""
+    union = planes.new_zeros(planes.shape[1])
+    for plane in planes:
+        union |= plane
+    return union
+
+
+def with_owner(planes: torch.Tensor, packed: torch.Tensor, mask: int) -> torch.Tensor:
+    """New planes that hold a packed mask, disjoint from the others, as number ``mask`` too."""
+    number = mask + 1
+    new = planes.new_zeros(max(len(planes), number.bit_length()), planes.shape[1])
+    new[: len(planes)] = planes
+    for bit, plane in enumerate(new):
+        if number >> bit & 1:
+            plane |= packed
+    return new

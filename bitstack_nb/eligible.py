@@ -10,6 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -56,9 +57,7 @@ def eligible_parameters(model: nn.Module, exclude: Iterable[str] | None) -> dict
 
     A tied parameter appears once, under its first name, and is left out if any of its names is.
     """
-    names: dict[nn.Parameter, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[parameter].append(canonical(name))
+    names = _names(model)
     if exclude is None:
         automatic = _automatic_exclusion(model)
         excluded = {p for p, own in names.items() if automatic.intersection(own)}
@@ -70,6 +69,67 @@ def eligible_parameters(model: nn.Module, exclude: Iterable[str] | None) -> dict
         for parameter, own in names.items()
         if parameter not in excluded and parameter.requires_grad and parameter.is_floating_point()
     }
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The heads' parameters, by canonical name.
+
+    A head lies outside the backbone that the model names in ``base_model_prefix`` (as those of
+    transformers do), or else is a child with a usual name: ``classifier``, ``head``, ``score``, ...
+    A parameter that is tied to one of the backbone is the backbone's.
+    """
+    return {
+        own[0]: parameter
+        for parameter, own in _names(model).items()
+        if all(_is_head(model, name) for name in own)
+    }
+
+
+def trainable_heads(model: nn.Module) -> list[nn.Parameter]:
+    """The heads' trainable parameters; a ValueError if there are none."""
+    heads = [p for p in head_parameters(model).values() if p.requires_grad]
+    if not heads:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable head, and recall gives each task its own: "
+            f"name it as one of {', '.join(sorted(_HEADS))}"
+        )
+    return heads
+
+
+def recall_parameters(
+    model: nn.Module, exclude: Iterable[str] | None
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """What tasks may own, and what stays at the base: the eligible and all others but heads'.
+
+    Heads are never eligible here, whatever ``exclude`` says: each task brings its own.
+    """
+    heads = set(head_parameters(model).values())
+    own = {n: p for n, p in eligible_parameters(model, exclude).items() if p not in heads}
+    owned = set(own.values())
+    fixed = {
+        names[0]: parameter
+        for parameter, names in _names(model).items()
+        if parameter not in heads and parameter not in owned
+    }
+    return own, fixed
+
+
+def backbone_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Floating-point buffers that belong to a checkpoint, without those of heads, by name."""
+    kept = model.state_dict(keep_vars=True)
+    return {
+        canonical(name): buffer
+        for name, buffer in model.named_buffers()
+        if name in kept and buffer.is_floating_point() and not _is_head(model, name)
+    }
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every parameter with its canonical names: several where it is tied."""
+    names: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(canonical(name))
+    return names
 
 
 def _automatic_exclusion(model: nn.Module) -> set[str]:

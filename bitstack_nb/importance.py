@@ -17,8 +17,14 @@ from bitstack_nb.rng import undisturbed_rng
 Importance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Each takes a parameter and its gradient for one batch, both of the parameter's shape, and gives
-# the batch's non-negative contribution to the score. "gradient" is the published choice.
-IMPORTANCE: dict[str, Importance] = {"gradient": lambda parameter, gradient: gradient.abs()}
+# the batch's non-negative contribution to the score. "gradient" is the published choice;
+# "gradient-weight" says by how much the loss would change, to first order, without the entry;
+# "fisher" is the diagonal of the empirical Fisher information, batch by batch.
+IMPORTANCE: dict[str, Importance] = {
+    "gradient": lambda parameter, gradient: gradient.abs(),
+    "gradient-weight": lambda parameter, gradient: (parameter.float() * gradient.float()).abs(),
+    "fisher": lambda parameter, gradient: gradient.float().square(),
+}
 
 
 def measure(
@@ -39,10 +45,7 @@ def measure(
             NaN or infinite.
         TypeError: a batch is not a mapping or the model's output has no loss.
     """
-    if not isinstance(n_batches, Integral) or n_batches < 1:
-        raise ValueError(f"n_batches is {n_batches!r}, expected a whole number, at least 1")
-    if not isinstance(loader, Iterable):
-        raise TypeError(f"loader is {loader!r}, expected an iterable of batches")
+    check_batches(loader, n_batches)
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     if not trainable:
         raise ValueError("every eligible parameter is frozen, so none can get a gradient")
@@ -52,9 +55,9 @@ def measure(
     }
     device = next(iter(parameters.values())).device
     seen = 0
-    with _undisturbed(model, device):
+    with undisturbed(model, device):
         for batch in islice(loader, n_batches):
-            loss = _loss(model, batch, device)
+            loss = batch_loss(model, batch, device)
             gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
             _accumulate(scores, trainable, gradients, IMPORTANCE[importance])
             seen += 1
@@ -62,8 +65,16 @@ def measure(
     return scores
 
 
+def check_batches(loader: Iterable[Mapping[str, Any]], n_batches: int) -> None:
+    """Raise a ValueError or TypeError that names what is no loader or no number of batches."""
+    if not isinstance(n_batches, Integral) or n_batches < 1:
+        raise ValueError(f"n_batches is {n_batches!r}, expected a whole number, at least 1")
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"loader is {loader!r}, expected an iterable of batches")
+
+
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode, gradients on, autocast off; training flags and RNG state come back."""
     training = {module: module.training for module in model.modules()}
     # A Trainer in half precision leaves accelerate's autocast wrapper on the instance's forward.
@@ -84,7 +95,8 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = flag
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> torch.Tensor:
+def batch_loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> torch.Tensor:
+    """The model's loss on a batch, whose unknown keys are dropped; errors as in :func:`measure`."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"a batch is a {type(batch).__name__}, expected a mapping such as "

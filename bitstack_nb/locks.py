@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -51,6 +51,11 @@ class Locks:
         return sum(len(values) for values in self._values.values())
 
     @property
+    def held(self) -> dict[str, nn.Parameter]:
+        """The parameters with entries that may not move."""
+        return {name: self.parameters[name] for name in self.names}
+
+    @property
     def names(self) -> list[str]:
         """The parameters that have locked entries."""
         return [name for name, values in self._values.items() if len(values)]
@@ -90,6 +95,11 @@ class Locks:
         self._bits, self._values = new_bits, new_values
         self._tasks.append(task)
 
+    def movable_part(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of a parameter, zero where it is locked."""
+        # Not a product with the mask: inf * 0 is NaN.
+        return gradient.masked_fill(self.mask(name), 0)
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put every locked entry back to the value it was locked with."""
@@ -102,9 +112,7 @@ class Locks:
         moved = {}
         for name in self.names:
             present = self.parameters[name].masked_select(self.mask(name))
-            integer = _INTEGERS[present.element_size()]
-            differs = present.view(integer) != self._values[name].view(integer)
-            moved[name] = int(differs.sum())
+            moved[name] = differing(present, self._values[name])
         return {name: number for name, number in moved.items() if number}
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,23 +150,40 @@ class Locks:
 
     def layer_table(self) -> pandas.DataFrame:
         """The table that ``BitStack.layer_table`` documents."""
-        import pandas
+        return layer_table(self.parameters, self._tasks)
 
-        rows = [
-            (*place(name), number, p.numel(), *task[name])
-            for number, task in enumerate(self._tasks, start=1)
-            for name, p in self.parameters.items()
-        ]
-        columns = ["layer", "module", "task", "eligible", "selected", "added"]
-        types = dict.fromkeys(columns, "int64") | {"layer": "Int64", "module": "str"}
-        table = pandas.DataFrame(rows, columns=columns).astype(types)
-        keys = ["layer", "module", "task"]
-        table = table.groupby(keys, as_index=False, dropna=False, sort=False).sum()
-        table["locked"] = table.groupby(keys[:2], dropna=False)["added"].cumsum()
-        fraction = table["locked"] / table["eligible"]
-        # An empty parameter has no entries to lock: 0, not 0 / 0.
-        table["lock_fraction"] = fraction.where(table["eligible"] > 0, 0.0)
-        return table
+
+def layer_table(
+    parameters: Mapping[str, torch.Tensor], tasks: Sequence[Mapping[str, TaskLocks]]
+) -> pandas.DataFrame:
+    """The table that ``BitStack.layer_table`` documents, from each task's locks by name."""
+    import pandas
+
+    rows = [
+        (*place(name), number, p.numel(), *task[name])
+        for number, task in enumerate(tasks, start=1)
+        for name, p in parameters.items()
+    ]
+    columns = ["layer", "module", "task", "eligible", "selected", "added"]
+    types = dict.fromkeys(columns, "int64") | {"layer": "Int64", "module": "str"}
+    table = pandas.DataFrame(rows, columns=columns).astype(types)
+    keys = ["layer", "module", "task"]
+    table = table.groupby(keys, as_index=False, dropna=False, sort=False).sum()
+    table["locked"] = table.groupby(keys[:2], dropna=False)["added"].cumsum()
+    fraction = table["locked"] / table["eligible"]
+    # An empty parameter has no entries to lock: 0, not 0 / 0.
+    table["lock_fraction"] = fraction.where(table["eligible"] > 0, 0.0)
+    return table
+
+
+def bit_pattern(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bits as integers: tells -0.0 from 0.0, and equal NaN are equal."""
+    return tensor.view(_INTEGERS[tensor.element_size()])
+
+
+def differing(one: torch.Tensor, other: torch.Tensor) -> int:
+    """How many entries differ in any bit."""
+    return int((bit_pattern(one) != bit_pattern(other)).sum())
 
 
 class Masks(Mapping[str, torch.Tensor]):

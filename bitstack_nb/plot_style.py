@@ -42,7 +42,12 @@ _STYLE = {
     "axes.edgecolor": "0.7",
     "grid.color": "0.9",
 }
-_STRATEGIES = {"finetune": "fine-tuning", "bitstack": "BitStack", "joint": "joint training"}
+_STRATEGIES = {
+    "finetune": "fine-tuning",
+    "bitstack": "BitStack",
+    "recall": "exact recall",
+    "joint": "joint training",
+}
 
 
 class Figure(mpl.figure.Figure):

@@ -12,13 +12,24 @@ from typing import Any
 import torch
 
 from bitstack_nb.sampling import SAMPLINGS
-from bitstack_nb.stack import check_settings
+from bitstack_nb.settings import check_settings
 from bitstack_nb.tasks import EVALUATIONS, FIVE_TASKS, Task, find_task
 
-STRATEGIES = ("finetune", "bitstack", "joint")
+STRATEGIES = ("finetune", "bitstack", "recall", "joint")
 # Settings that mean something to one strategy only; they are left out of the others' record, so
 # that fine-tuning at two sparsities is one run.
-_OWN_SETTINGS = {"bitstack": ("sparsity", "budget", "n_batches")}
+OWN_SETTINGS = {
+    "bitstack": ("sparsity", "budget", "n_batches", "importance"),
+    "recall": ("sparsity", "n_batches", "importance"),
+}
+_POSITIVE = (
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "head_learning_rate",
+    "train_size",
+    "test_size",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +37,10 @@ class Protocol:
     """One run: a strategy on a sequence of tasks. The defaults are the preset ``smoke``.
 
     Args:
-        strategy: ``finetune``, ``bitstack`` or ``joint`` (all tasks at once, the upper bound).
-        sparsity, budget, n_batches: of :class:`bitstack_nb.BitStack`; ignored by the others.
+        strategy: ``finetune``, ``bitstack``, ``recall`` (BitStack's mode of that name) or ``joint``
+            (all tasks at once, the upper bound).
+        sparsity, budget, n_batches, importance: of :class:`bitstack_nb.BitStack`; ignored by the
+            others, and ``budget`` by ``recall``. No importance is ``gradient``.
         model: ``tiny-gpt2`` (made on the spot), a Hub name or a folder.
         data: ``embedded`` (synthetic), ``hub``, or a folder of Parquet files.
         tasks: in training order; names of the known ones or own :class:`Task` objects.
@@ -37,6 +50,7 @@ class Protocol:
         epochs: passes over each task's training sample.
         batch_size: examples per step, in training and in measuring importance.
         learning_rate, weight_decay, warmup_steps: of AdamW with a linear schedule, per task.
+        head_learning_rate: of the heads, if it is another than the backbone's.
         sampling: ``stratified`` (drawn) or ``head`` (the published slices).
         evaluate_on: ``test``, or ``heldout`` training data, for choosing settings.
     """
@@ -59,6 +73,8 @@ class Protocol:
     warmup_steps: int = 10
     sampling: str = "stratified"
     evaluate_on: str = "test"
+    importance: str | None = None
+    head_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         tasks = tuple(find_task(t) if isinstance(t, str) else t for t in self.tasks)
@@ -70,9 +86,10 @@ class Protocol:
         names = [task.name for task in tasks]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"tasks are {names}, expected one or more, each once")
-        for name in ("epochs", "batch_size", "learning_rate", "train_size", "test_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, expected more than 0")
         for name, known in (("sampling", SAMPLINGS), ("evaluate_on", EVALUATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -83,12 +100,24 @@ class Protocol:
                 f"tiny-gpt2 knows the embedded tasks' words only, but data is {self.data!r}: name "
                 "a pretrained model, such as --model sentence-transformers/all-MiniLM-L6-v2"
             )
+        importance = self.importance or "gradient"
         if self.strategy == "bitstack":
-            check_settings(self.sparsity, budget=self.budget)
-        own = _OWN_SETTINGS.get(self.strategy, ())
-        for name in {n for names in _OWN_SETTINGS.values() for n in names}.difference(own):
+            check_settings(self.sparsity, budget=self.budget, importance=importance)
+        if self.strategy == "recall":
+            check_settings(self.sparsity, mode="recall", importance=importance)
+            if self.sparsity * len(tasks) > 1 + 1e-9:
+                raise ValueError(
+                    f"sparsity is {self.sparsity:g}, but {len(tasks)} tasks have room in one set "
+                    f"of weights up to {1 / len(tasks):g}: each owns entries of its own"
+                )
+        own = OWN_SETTINGS.get(self.strategy, ())
+        for name in {n for names in OWN_SETTINGS.values() for n in names}.difference(own):
             object.__setattr__(self, name, None)
-        for name in ("sparsity", "epochs", "learning_rate", "weight_decay"):
+        if self.importance == "gradient":
+            object.__setattr__(self, "importance", None)
+        if self.head_learning_rate == self.learning_rate:
+            object.__setattr__(self, "head_learning_rate", None)
+        for name in ("sparsity", "epochs", "learning_rate", "head_learning_rate", "weight_decay"):
             # 1 and 1.0 are one protocol. Not so for sizes: 1.0 is the whole split.
             value = getattr(self, name)
             if value is not None and float(value).is_integer():
@@ -120,7 +149,7 @@ class Protocol:
 
     def with_strategy(self, strategy: str, **settings: Any) -> Protocol:
         """The same protocol for another strategy, at its settings."""
-        defaults = {key: getattr(Protocol, key) for key in _OWN_SETTINGS.get(strategy, ())}
+        defaults = {key: getattr(Protocol, key) for key in OWN_SETTINGS.get(strategy, ())}
         return replace(self, strategy=strategy, **{**defaults, **settings})
 
 

@@ -38,16 +38,37 @@ def kth_largest(scores: Sequence[torch.Tensor], k: int) -> torch.Tensor:
     return torch.tensor((high << 16) | low, dtype=torch.int32).view(torch.float32)
 
 
-def top_masks(scores: Mapping[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
-    """Bool masks of the k largest scores over all tensors; ties with the k-th are all taken.
+def top_masks(
+    scores: Mapping[str, torch.Tensor], k: int, *, ties: bool = True
+) -> dict[str, torch.Tensor]:
+    """Bool masks of the k largest scores over all tensors.
 
-    An entry whose score is zero did not matter for the task and is never taken, so fewer than k
-    are when fewer than k have a gradient.
+    Ties with the k-th are all taken, or without ``ties`` the first of them until there are k. An
+    entry whose score is zero did not matter for the task and is never taken, so fewer than k are
+    when fewer than k have a gradient.
     """
     if k == 0:
         return {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
     threshold = float(kth_largest(list(scores.values()), k))
-    return {name: (score >= threshold) & (score > 0) for name, score in scores.items()}
+    masks = {name: (score >= threshold) & (score > 0) for name, score in scores.items()}
+    if not ties:
+        _drop_last_ties(masks, scores, threshold, sum(int(m.sum()) for m in masks.values()) - k)
+    return masks
+
+
+def _drop_last_ties(
+    masks: Mapping[str, torch.Tensor],
+    scores: Mapping[str, torch.Tensor],
+    threshold: float,
+    surplus: int,
+) -> None:
+    for name in reversed(masks):
+        if surplus <= 0:
+            return
+        tied = (masks[name] & (scores[name] == threshold)).nonzero()[-surplus:]
+        if len(tied):
+            masks[name][tied.unbind(1)] = False
+        surplus -= len(tied)
 
 
 def _histogram(

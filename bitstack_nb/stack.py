@@ -1,62 +1,44 @@
 """BitStack: after each task, lock the parameters that mattered for it, one bit per entry.
 
-``update`` measures importance on a task's data and ORs the top entries into a cumulative mask.
-From then on two things hold for every locked entry: its gradient is zero (a hook per parameter, so
-that clipping and Adam's moments stay clean), and after each step of an attached optimizer it has
-bit for bit the value it was locked with (weight decay and momentum move weights whose gradient is
-zero, so zero gradients alone are no guarantee). Masks are held packed and unpacked one parameter
-at a time. Works on any ``torch.nn.Module`` whose forward gives ``.loss``.
+Mode ``protect``, the published method: ``update`` measures importance on a task's data and ORs the
+top entries into a cumulative mask. From then on two things hold for every locked entry: its
+gradient is zero, and after each step of an attached optimizer it has bit for bit the value it was
+locked with (``guard``). Masks are held packed and unpacked one parameter at a time (``locks``).
+
+Mode ``recall``, our extension: ``begin`` gives a task entries of its own, chosen on the base;
+nothing else of the backbone moves until ``update``, and ``recall`` shows any task's model again
+(``recall``, the module).
+
+Works on any ``torch.nn.Module`` whose forward gives ``.loss``.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from numbers import Real
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from bitstack_nb import eligible, select, storage
-from bitstack_nb.importance import IMPORTANCE, measure
+from bitstack_nb.guard import Guard, LockedEntriesMoved
+from bitstack_nb.importance import measure
 from bitstack_nb.locks import Locks, Masks
+from bitstack_nb.owners import Owners
+from bitstack_nb.recall import Recall, make_owners
+from bitstack_nb.settings import BUDGETS, MODES, check_settings
 
 if TYPE_CHECKING:
     import pandas
     from transformers import TrainerCallback
 
+__all__ = ["BUDGETS", "MODES", "BitStack", "LockedEntriesMoved", "check_settings"]
+
 logger = logging.getLogger(__name__)
-
-BUDGETS = ("union", "fresh")
-MODES = ("protect",)
-
-
-class LockedEntriesMoved(RuntimeError):
-    """Locked entries differ from the values they were locked with."""
-
-
-def check_settings(
-    sparsity: float,
-    *,
-    mode: str = "protect",
-    budget: str = "union",
-    importance: str = "gradient",
-) -> None:
-    """Raise a ValueError that names a setting out of range, and what it may be."""
-    if not isinstance(sparsity, Real) or not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity is {sparsity!r}, expected a share from 0 to 1, as 0.12")
-    for what, value, known in (
-        ("mode", mode, MODES),
-        ("budget", budget, BUDGETS),
-        ("importance", importance, tuple(IMPORTANCE)),
-    ):
-        if value not in known:
-            raise ValueError(f"{what} is {value!r}, expected one of {', '.join(known)}")
 
 
 class BitStack:
@@ -67,14 +49,17 @@ class BitStack:
         sparsity: share of the eligible entries that one task may lock, 0 to 1.
         exclude: strings; parameters with one of them in their name are never locked. ``None``
             leaves out heads, embeddings and the final norm, found from the model.
-        mode: ``"protect"``, the published method.
+        mode: ``"protect"``, the published method, or ``"recall"``, in which the model as given is
+            the base of every task's.
         budget: ``"union"`` measures importance with the masks lifted, so that tasks overlap;
             ``"fresh"`` behind the masks, so that each task locks new entries (the published
-            text and the published code, in that order).
-        importance: ``"gradient"``, the summed absolute gradient.
+            text and the published code, in that order). Of mode ``"protect"`` only.
+        importance: what is summed over batches: ``"gradient"``, its absolute value;
+            ``"gradient-weight"``, that of its product with the weight; ``"fisher"``, its square.
 
     Raises:
-        ValueError: a setting is out of range, or the model has no eligible entries.
+        ValueError: a setting is out of range, the model has no eligible entries, or no head
+            (mode ``"recall"``).
         TypeError: the model is no module.
     """
 
@@ -101,30 +86,35 @@ class BitStack:
             "importance": importance,
         }
         self._model = eligible.unwrap(model)
-        parameters = eligible.eligible_parameters(self._model, self.settings["exclude"])
-        self._locks = Locks(parameters)
+        self._locks: Locks | Owners = (
+            make_owners(self._model, self.settings["exclude"])
+            if mode == "recall"
+            else Locks(eligible.eligible_parameters(self._model, self.settings["exclude"]))
+        )
         if not self._locks.eligible:
             raise ValueError(
                 f"{type(self._model).__name__} has no eligible entries: every parameter is "
                 f"excluded, frozen or empty (exclude is {self.settings['exclude']!r})"
             )
-        self._attached: WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = (
-            WeakKeyDictionary()
+        self._guard = Guard(self._model, self._locks)
+        self._recall = (
+            Recall(self._model, self._locks, guard=self._guard, settings=self.settings)
+            if mode == "recall"
+            else None
         )
-        self._lifted = False
-        self.handles: dict[str, RemovableHandle] = {}
-        self.hook_calls: dict[str, int] = {}
 
     # The method ---------------------------------------------------------------------------------
 
     def update(
         self,
-        loader: Iterable[Mapping[str, Any]],
+        loader: Iterable[Mapping[str, Any]] | None = None,
         n_batches: int = 32,
         *,
         observe: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
     ) -> dict[str, float]:
         """Lock the entries that matter most for the task that ``loader`` gives batches of.
+
+        In mode ``"recall"`` without arguments: close the task, whose entries are final then.
 
         Args:
             loader: batches, each a mapping with ``labels``; keys that the model's forward does
@@ -138,7 +128,11 @@ class BitStack:
 
         Raises:
             ValueError, TypeError: see :func:`bitstack_nb.importance.measure`. Nothing has changed.
+            RuntimeError, LockedEntriesMoved: no task is open; something else moved in it.
         """
+        if self._recall is not None:
+            self._recall.close(loader)
+            return self.stats()
         scores = self.measure(loader, n_batches)
         if observe is not None:
             observe(scores)
@@ -147,7 +141,7 @@ class BitStack:
                 scores[name].masked_fill_(self._locks.mask(name), 0)
         budget = round(self.settings["sparsity"] * self._locks.eligible)
         self._locks.add(select.top_masks(scores, budget))
-        self._add_gradient_hooks()
+        self._guard.add_gradient_hooks()
         logger.info("locked %s", stats := self.stats())
         return stats
 
@@ -158,8 +152,8 @@ class BitStack:
 
         Arguments and errors as there; float32 by parameter name, of the parameter's shape.
         """
-        self._check_still_the_models()
-        with self._masks_lifted():
+        self._guard.check_still_the_models()
+        with self._guard.lifted():
             return measure(
                 self._model,
                 self._locks.parameters,
@@ -168,10 +162,72 @@ class BitStack:
                 importance=self.settings["importance"],
             )
 
+    # Exact recall -------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        loader: Iterable[Mapping[str, Any]],
+        n_batches: int = 32,
+        *,
+        head_steps: int = 32,
+        head_learning_rate: float = 5e-3,
+    ) -> dict[str, float]:
+        """Open the next task: give it the ``sparsity`` of all entries that matter most for it.
+
+        The backbone is put back to the base, the head in the model is fitted on it, and the
+        entries are chosen among those that no task owns. Until :meth:`update` only they and the
+        head move.
+
+        Args:
+            loader: the task's batches, as for :meth:`update`.
+            n_batches: how many importance is measured on; fewer are fine.
+            head_steps: Adam steps on the head, a batch each, from the first on again when they
+                are used up; 0 leaves the head as it is.
+            head_learning_rate: of these steps.
+
+        Returns:
+            The new :meth:`stats`.
+
+        Raises:
+            ValueError, TypeError: too few entries are left (the message says how many tasks
+                fitted), or as in :meth:`update`. Nothing has changed.
+            RuntimeError: a task is open already.
+        """
+        self._in_recall_mode("begin").begin(
+            loader, n_batches, head_steps=head_steps, head_learning_rate=head_learning_rate
+        )
+        return self.stats()
+
+    def recall(self, task: int | None) -> AbstractContextManager[nn.Module]:
+        """Within the ``with`` block the model is, bit for bit, that of a closed task.
+
+        Values are exchanged in place, for every user of the model. Blocks may be nested; leaving
+        one, by an exception too, brings back exactly what was there.
+
+        Args:
+            task: counted from 0, in the order of :meth:`begin`; None for the base. Its head is
+                not the stack's: put it into the model as well.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        return self._in_recall_mode("recall").recall(task)
+
+    def export(self, task: int | None) -> nn.Module:
+        """A copy of a task's model, with the head that is in it now, that knows of no stack."""
+        return self._in_recall_mode("export").export(task)
+
+    def _in_recall_mode(self, method: str) -> Recall:
+        if self._recall is None:
+            raise RuntimeError(
+                f'{method}() needs a stack of mode "recall", and this one has mode "protect"'
+            )
+        return self._recall
+
     # The guarantee ------------------------------------------------------------------------------
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Keep locked entries exact through every step of this optimizer; once is enough.
+        """Keep what may not move exact through every step of this optimizer; once is enough.
 
         Returns:
             A handle whose ``remove()`` undoes it for this optimizer alone.
@@ -180,32 +236,13 @@ class BitStack:
             ValueError: the optimizer holds none of the stack's parameters.
             TypeError: it is no optimizer.
         """
-        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = optimizer.optimizer  # accelerate wraps the one that steps
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer")
-        self._check_still_the_models()
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if held.isdisjoint(id(p) for p in self._locks.parameters.values()):
-            raise ValueError(
-                f"this {type(optimizer).__name__} holds none of the stack's parameters: "
-                "build it from the parameters of the model that the stack was made with (shards "
-                "of FSDP or DeepSpeed are others)"
-            )
-        self._add_gradient_hooks()
-        previous = self._attached.pop(optimizer, None)
-        if previous is not None:
-            previous.remove()
-        handle = optimizer.register_step_post_hook(lambda *_: self.restore())
-        self._attached[optimizer] = handle
-        return handle
+        if self._recall is not None:
+            self._locks.keep_base()  # to put back from; a loaded stack has none
+        return self._guard.attach(optimizer)
 
     def detach(self) -> None:
         """Remove every gradient and optimizer hook. Masks stay, and :meth:`attach` resumes."""
-        for handle in (*self.handles.values(), *self._attached.values()):
-            handle.remove()
-        self.handles.clear()
-        self._attached.clear()
+        self._guard.detach()
 
     def callback(self) -> TrainerCallback:
         """The same guarantee for the transformers ``Trainer``: ``Trainer(callbacks=[...])``."""
@@ -214,65 +251,40 @@ class BitStack:
         return BitStackCallback(self)
 
     def restore(self) -> None:
-        """Put every locked entry back to the value it was locked with."""
+        """Put back what may not move: every locked entry; all but the open task's entries."""
         self._locks.restore()
 
     def verify(self) -> int:
-        """Count the locked entries that are not bit for bit what they were locked with: 0.
+        """Count the entries that may not move and are not bit for bit what they must be: 0.
+
+        In mode ``"recall"`` these are all but the open task's and the heads'. (A loaded stack
+        compares the present task's own entries only, until ``attach`` or ``begin`` copies the
+        base.)
 
         Raises:
             LockedEntriesMoved: some moved; the message says how many, and where.
         """
-        self._check_still_the_models()
-        moved = self._locks.moved()
-        if moved:
-            where = ", ".join(f"{name} ({number:,})" for name, number in moved.items())
-            raise LockedEntriesMoved(
-                f"{sum(moved.values()):,} of {self._locks.count:,} locked entries moved: {where}. "
-                "Call attach(optimizer) before training, or restore() to put them back"
-            )
+        self._guard.verify()
         return 0
 
-    def _check_still_the_models(self) -> None:
-        """A replaced parameter would be guarded no more, and nothing would tell."""
-        present = {id(p) for p in self._model.parameters()}
-        gone = [name for name, p in self._locks.parameters.items() if id(p) not in present]
-        if gone:
-            raise RuntimeError(
-                f"the model no longer holds {', '.join(gone[:3])}{' ...' if gone[3:] else ''}: a "
-                "module was replaced after the stack was made. Exclude heads that are swapped "
-                "(exclude=[...]), or save the stack and load it onto the model as it is now"
-            )
+    @property
+    def handles(self) -> dict[str, RemovableHandle]:
+        """One gradient hook per parameter with entries that may not move, by name."""
+        return self._guard.handles
 
-    def _add_gradient_hooks(self) -> None:
-        for name in self._locks.names:
-            parameter = self._locks.parameters[name]
-            if name not in self.handles and parameter.requires_grad:
-                self.handles[name] = parameter.register_hook(self._zero_locked(name))
-
-    def _zero_locked(self, name: str) -> Callable[[torch.Tensor], torch.Tensor | None]:
-        def hook(gradient: torch.Tensor) -> torch.Tensor | None:
-            if self._lifted:
-                return None
-            self.hook_calls[name] = self.hook_calls.get(name, 0) + 1
-            # Not a product with the mask: inf * 0 is NaN.
-            return gradient.masked_fill(self._locks.mask(name), 0)
-
-        return hook
-
-    @contextmanager
-    def _masks_lifted(self) -> Iterator[None]:
-        self._lifted = True
-        try:
-            yield
-        finally:
-            self._lifted = False
+    @property
+    def hook_calls(self) -> dict[str, int]:
+        """How often each gradient hook was called."""
+        return self._guard.hook_calls
 
     # What is locked -----------------------------------------------------------------------------
 
     @property
     def masks(self) -> Mapping[str, torch.Tensor]:
-        """Name -> bool tensor of the parameter's shape, True where locked; unpacked on look-up."""
+        """Name -> bool tensor of the parameter's shape, True where locked; unpacked on look-up.
+
+        In mode ``"recall"`` locked is what any task owns, the open one too.
+        """
         return Masks(self._locks.parameters, self._locks.mask)
 
     def stats(self) -> dict[str, float]:
@@ -298,26 +310,43 @@ class BitStack:
     # Keeping it ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, parameter shapes and dtypes, packed masks, locked values, locks per task."""
+        """Settings, parameter shapes and dtypes, packed masks, locked values, locks per task.
+
+        In mode ``"recall"`` packed owners, the tasks' values, and digests of the base.
+
+        Raises:
+            RuntimeError: a task is open.
+        """
         return {"settings": dict(self.settings), **self._locks.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over masks and put the locked values they come with into the model.
 
-        Without values (``save(path, values=False)``) the model's present ones are locked.
+        Without values (``save(path, values=False)``) the model's present ones are locked. In mode
+        ``"recall"`` the model must hold the base, and stands as the last task's afterwards.
 
         Raises:
             storage.MaskFileError: the state does not match the model; every mismatch is named
                 and nothing has changed.
+            RuntimeError: a task is open.
         """
+        if self._recall is not None:
+            self._recall.check_not_running("load_state_dict")
+        modes = [each.get("mode") for each in (state["settings"], self.settings)]
+        if modes[0] != modes[1]:
+            raise storage.MaskFileError(
+                f"the state is of mode {modes[0]!r}, the stack {modes[1]!r}"
+            )
         self._locks.load_state_dict(state)
-        self.settings = dict(state["settings"])
-        self._add_gradient_hooks()
+        self.settings.update(state["settings"])
+        self._guard.add_gradient_hooks()
 
     def save(self, path: str | os.PathLike[str], *, values: bool = True) -> None:
-        """Write the stack as safetensors, one bit per eligible entry.
+        """Write the stack as safetensors, one bit per eligible entry, or in mode ``"recall"``
+        ceil(log2(tasks + 1)).
 
-        ``values=False`` leaves out the locked values, for keeping it beside the model's weights.
+        ``values=False`` leaves out the locked values, for keeping it beside the model's weights;
+        a stack of mode ``"recall"`` has them nowhere else and refuses with a ValueError.
         """
         storage.write(path, self.state_dict(), values=values)
 
@@ -336,4 +365,6 @@ class BitStack:
         except (TypeError, ValueError) as error:
             raise storage.MaskFileError(f"{path} does not fit this model: {error}") from error
         stack.load_state_dict(state)
+        if stack._recall is not None:
+            stack._locks.release_base()  # attach and begin make another
         return stack

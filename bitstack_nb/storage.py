@@ -1,17 +1,23 @@
 """The file of a stack: safetensors with all masks in one packed tensor.
 
-Tensors: ``masks`` (uint8, each parameter's packed bits one after the other, every parameter from
-a whole byte on), ``values.<dtype>`` (the locked values of the parameters of that dtype, in the
-same order), ``selected`` and ``added`` (int32, tasks x parameters). Metadata: format, version, bit
-order, whether values are there, settings, and the parameters' names, shapes and dtypes as JSON.
-One tensor for all masks keeps the header small: a stack costs one bit per eligible entry.
+Version 1, mode ``protect``. Tensors: ``masks`` (uint8, each parameter's packed bits one after the
+other, every parameter from a whole byte on), ``values.<dtype>`` (the locked values of the
+parameters of that dtype, in the same order), ``selected`` and ``added`` (int32, tasks x
+parameters). Metadata: format, version, bit order, whether values are there, settings, and the
+parameters' names, shapes and dtypes as JSON. One tensor for all masks keeps the header small: a
+stack costs one bit per eligible entry.
+
+Version 2, mode ``recall``. Tensors: ``owners`` (uint8 [planes, bytes], see ``bits.owned``; laid out
+as masks are) and ``values.<dtype>`` (the tasks' values of the parameters of that dtype, task after
+task, in the same order). Metadata: the number of tasks, and the base's digests by name, because a
+task's values mean nothing on another base; the rest as above.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +28,8 @@ from safetensors.torch import save_file
 from bitstack_nb import bits
 from bitstack_nb.files import replacing
 
-FORMAT, VERSION, BIT_ORDER = "bitstack-masks", 1, "little"
+FORMAT, BIT_ORDER = "bitstack-masks", "little"
+VERSIONS = {"1": "protect", "2": "recall"}
 
 
 class MaskFileError(ValueError):
@@ -31,29 +38,62 @@ class MaskFileError(ValueError):
 
 def write(path: str | os.PathLike[str], state: Mapping[str, Any], *, values: bool) -> None:
     """Write ``BitStack.state_dict()`` to ``path``, whole or not at all."""
-    names = list(state["parameters"])
-    tensors = {"masks": torch.cat([state["bits"][n].cpu() for n in names])}
-    for field, at in (("selected", 0), ("added", 1)):
-        counts = [[task[n][at] for n in names] for task in state["tasks"]]
-        tensors[field] = torch.tensor(counts, dtype=torch.int32).view(-1, len(names))
-    if values:
-        for dtype in {p["dtype"] for p in state["parameters"].values()}:
-            own = [state["values"][n].cpu() for n in names if _dtype(state, n) == dtype]
-            tensors[_values_key(dtype)] = torch.cat(own)
+    if state["settings"]["mode"] == "recall":
+        if not values:
+            raise ValueError(
+                "values=False would lose the tasks: mode 'recall' has them nowhere else"
+            )
+        version, (tensors, own) = "2", _recall_content(state)
+    else:
+        version, (tensors, own) = "1", _protect_content(state, values=values)
     parameters = [[n, p["shape"], p["dtype"]] for n, p in state["parameters"].items()]
     metadata = {
         "format": FORMAT,
-        "version": str(VERSION),
+        "version": version,
         "bit_order": BIT_ORDER,
-        "values": json.dumps(values),
         "settings": json.dumps(state["settings"]),
         "parameters": json.dumps(parameters, separators=(",", ":")),
+        **own,
     }
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
     except (SafetensorError, OSError) as error:
         raise OSError(f"cannot write the masks to {path}: {error}") from error
+
+
+Content = tuple[dict[str, torch.Tensor], dict[str, str]]
+
+
+def _protect_content(state: Mapping[str, Any], *, values: bool) -> Content:
+    names = list(state["parameters"])
+    tensors = {"masks": torch.cat([state["bits"][n].cpu() for n in names])}
+    for field, at in (("selected", 0), ("added", 1)):
+        counts = [[task[n][at] for n in names] for task in state["tasks"]]
+        tensors[field] = torch.tensor(counts, dtype=torch.int32).view(-1, len(names))
+    if values:
+        tensors |= _by_dtype(state["parameters"], [state["values"]])
+    return tensors, {"values": json.dumps(values)}
+
+
+def _recall_content(state: Mapping[str, Any]) -> Content:
+    owners = torch.cat([state["owners"][n].cpu() for n in state["parameters"]], dim=1)
+    tensors = {"owners": owners, **_by_dtype(state["parameters"], state["values"])}
+    base = json.dumps(state["base"], separators=(",", ":"))
+    return tensors, {"tasks": str(len(state["values"])), "base": base}
+
+
+def _by_dtype(
+    parameters: Mapping[str, Mapping[str, Any]], tasks: Sequence[Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Values of all tasks and parameters of a dtype, one after the other, by key in the file."""
+    tensors = {}
+    for dtype in {p["dtype"] for p in parameters.values()}:
+        names = [name for name, p in parameters.items() if p["dtype"] == dtype]
+        own = [task[name].cpu() for task in tasks for name in names]
+        empty = torch.empty(0, dtype=getattr(torch, dtype.removeprefix("torch.")))
+        tensors[_values_key(dtype)] = torch.cat([empty, *own])
+    return tensors
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -73,54 +113,93 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise MaskFileError(f"{path} is no safetensors file or is cut short: {error}") from error
     if metadata.get("format") != FORMAT:
         raise MaskFileError(f"{path} is a safetensors file, but not one written by BitStack.save")
-    if (metadata.get("version"), metadata.get("bit_order")) != (str(VERSION), BIT_ORDER):
+    mode = VERSIONS.get(metadata.get("version", ""))
+    if mode is None or metadata.get("bit_order") != BIT_ORDER:
         raise MaskFileError(
             f"{path} has format version {metadata.get('version')} with bit order "
-            f"{metadata.get('bit_order')}, this package reads {VERSION} with {BIT_ORDER}: update it"
+            f"{metadata.get('bit_order')}, this package reads {' and '.join(VERSIONS)} with "
+            f"{BIT_ORDER}: update it"
         )
     try:
-        return _state(metadata, tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        return (_recall_state if mode == "recall" else _protect_state)(metadata, tensors)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise MaskFileError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def _state(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    parameters = {
+def _parameters(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    return {
         name: {"shape": [int(size) for size in shape], "dtype": str(dtype)}
         for name, shape, dtype in json.loads(metadata["parameters"])
     }
+
+
+def _check_padding(name: str, packed: torch.Tensor, shape: list[int]) -> None:
+    # Set padding bits would be counted as entries that are not there.
+    if not torch.equal(bits.pack(bits.unpack(packed, shape)), packed):
+        raise ValueError(f"the mask of {name} has bits beyond its end")
+
+
+def _protect_state(
+    metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    parameters = _parameters(metadata)
     sizes = [bits.packed_size(p["shape"]) for p in parameters.values()]
     packed = dict(zip(parameters, tensors["masks"].split(sizes), strict=True))
     for name, own in packed.items():
-        # Set padding bits would be counted as locked entries that are not there.
-        if not torch.equal(bits.pack(bits.unpack(own, parameters[name]["shape"])), own):
-            raise ValueError(f"the mask of {name} has bits beyond its end")
+        _check_padding(name, own, parameters[name]["shape"])
     tasks = [
         {name: [int(s), int(a)] for name, s, a in zip(parameters, selected, added, strict=True)}
         for selected, added in zip(tensors["selected"], tensors["added"], strict=True)
     ]
+    counts = {name: bits.count(own) for name, own in packed.items()}
+    has_values = json.loads(metadata["values"])
     return {
         "settings": dict(json.loads(metadata["settings"])),
         "parameters": parameters,
         "bits": packed,
-        "values": _values(parameters, packed, tensors) if json.loads(metadata["values"]) else None,
+        "values": _values(parameters, [counts], tensors)[0] if has_values else None,
         "tasks": tasks,
+    }
+
+
+def _recall_state(
+    metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    parameters, tasks = _parameters(metadata), int(metadata["tasks"])
+    sizes = [bits.packed_size(p["shape"]) for p in parameters.values()]
+    planes = dict(zip(parameters, tensors["owners"].split(sizes, dim=1), strict=True))
+    counts: list[dict[str, int]] = [{} for _ in range(tasks)]
+    for name, own in planes.items():
+        for plane in own:
+            _check_padding(name, plane, parameters[name]["shape"])
+        for task in range(tasks):
+            counts[task][name] = bits.count(bits.owned(own, task))
+        if bits.count(bits.owned_by_any(own)) != sum(task[name] for task in counts):
+            raise ValueError(f"{name} has entries of a task that is not there")
+    return {
+        "settings": dict(json.loads(metadata["settings"])),
+        "parameters": parameters,
+        "owners": planes,
+        "values": _values(parameters, counts, tensors),
+        "base": {str(name): str(value) for name, value in json.loads(metadata["base"]).items()},
     }
 
 
 def _values(
     parameters: Mapping[str, Mapping[str, Any]],
-    packed: Mapping[str, torch.Tensor],
+    counts: Sequence[Mapping[str, int]],
     tensors: Mapping[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    values = {}
+) -> list[dict[str, torch.Tensor]]:
+    """The counterpart of ``_by_dtype``, from the number of values per task and parameter."""
+    values: list[dict[str, torch.Tensor]] = [{} for _ in counts]
     for dtype in {p["dtype"] for p in parameters.values()}:
         names = [name for name, p in parameters.items() if p["dtype"] == dtype]
         stored = tensors[_values_key(dtype)]
         if str(stored.dtype) != dtype:
             raise ValueError(f"values of {dtype} are stored as {stored.dtype}")
-        own = stored.split([bits.count(packed[name]) for name in names])
-        values.update(zip(names, own, strict=True))
+        own = iter(stored.split([task[name] for task in counts for name in names]))
+        for task in values:
+            task.update((name, next(own)) for name in names)
     return values
 
 
@@ -140,8 +219,16 @@ def check_match(
         raise MaskFileError("the masks belong to another model: " + "; ".join(sorted(faults)))
 
 
-def _dtype(state: Mapping[str, Any], name: str) -> str:
-    return state["parameters"][name]["dtype"]
+def check_base(stored: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raise a MaskFileError that names the tensors whose digests differ."""
+    names = stored.keys() | found.keys()
+    wrong = sorted(name for name in names if stored.get(name) != found.get(name))
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
+        raise MaskFileError(
+            f"the tasks were trained on another base: {', '.join(wrong[:3])}{more} of {len(names)} "
+            "tensors differ. Load the checkpoint that the stack was made with, as it was then"
+        )
 
 
 def _values_key(dtype: str) -> str:

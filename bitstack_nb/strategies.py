@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,15 @@ class FineTune:
         """What the Trainer of a stage has to call."""
         return []
 
+    def before_stage(self, loader: Iterable[Mapping[str, Any]]) -> None:
+        """Called before each stage with batches of its training data, its task's head in place."""
+
     def after_stage(self, loader: Iterable[Mapping[str, Any]]) -> None:
         """Called after each stage with batches of its training data."""
+
+    def model_of(self, task: int) -> AbstractContextManager[nn.Module]:
+        """The model to evaluate a task under, for the length of a ``with`` block."""
+        return nullcontext(self.model)
 
     def stats(self) -> dict[str, float] | None:
         """Lock statistics, for strategies that lock."""
@@ -52,22 +60,18 @@ class FineTune:
         """The counterpart of :meth:`save`."""
 
 
-class Masked(FineTune):
-    """BitStack: lock what mattered after each task."""
+class _Stacked(FineTune):
+    """What the two modes of BitStack share."""
 
-    def __init__(self, model: nn.Module, protocol: Protocol) -> None:
+    def __init__(self, model: nn.Module, protocol: Protocol, **settings: str) -> None:
         super().__init__(model, protocol)
         self._n_batches = protocol.n_batches
-        self._stack = BitStack(model, protocol.sparsity, budget=protocol.budget)
-        self._recorder = CurveRecorder(self._stack.masks)
+        importance = protocol.importance or "gradient"
+        self._stack = BitStack(model, protocol.sparsity, importance=importance, **settings)
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Keeps locked entries exact, and verifies them after the stage."""
+        """Keeps exact what may not move, and verifies it after the stage."""
         return [self._stack.callback()]
-
-    def after_stage(self, loader: Iterable[Mapping[str, Any]]) -> None:
-        """Lock the entries that matter for the stage's task."""
-        self._stack.update(loader, n_batches=self._n_batches, observe=self._recorder.add)
 
     def stats(self) -> dict[str, float] | None:
         """The stack's statistics."""
@@ -79,19 +83,58 @@ class Masked(FineTune):
         table["layer"] = table["layer"].astype(object).where(table["layer"].notna(), None)
         return table.to_dict("records")
 
+    def save(self, folder: Path) -> None:
+        """Masks and values."""
+        self._stack.save(folder / "masks.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """The counterpart of :meth:`save`; the hooks are back too."""
+        self._stack = BitStack.load(folder / "masks.safetensors", self.model)
+
+
+class Masked(_Stacked):
+    """BitStack: lock what mattered after each task."""
+
+    def __init__(self, model: nn.Module, protocol: Protocol) -> None:
+        super().__init__(model, protocol, budget=protocol.budget)
+        self._recorder = CurveRecorder(self._stack.masks)
+
+    def after_stage(self, loader: Iterable[Mapping[str, Any]]) -> None:
+        """Lock the entries that matter for the stage's task."""
+        self._stack.update(loader, n_batches=self._n_batches, observe=self._recorder.add)
+
     def importance_record(self) -> dict[str, Any]:
         """The lock curves of the importance measured so far."""
         return self._recorder.curves().to_record()
 
     def save(self, folder: Path) -> None:
         """Masks, locked values, and at which sparsity each entry would be locked."""
-        self._stack.save(folder / "masks.safetensors")
+        super().save(folder)
         save_file(self._recorder.state_dict(), folder / "curves.safetensors")
 
     def load(self, folder: Path) -> None:
         """The counterpart of :meth:`save`; the hooks are back too."""
-        self._stack = BitStack.load(folder / "masks.safetensors", self.model)
+        super().load(folder)
         self._recorder.load_state_dict(load_file(folder / "curves.safetensors"))
+
+
+class ExactRecall(_Stacked):
+    """BitStack's mode recall: each task trains entries of its own on the base, and forgets none."""
+
+    def __init__(self, model: nn.Module, protocol: Protocol) -> None:
+        super().__init__(model, protocol, mode="recall")
+
+    def before_stage(self, loader: Iterable[Mapping[str, Any]]) -> None:
+        """Choose the task's entries."""
+        self._stack.begin(loader, n_batches=self._n_batches)
+
+    def after_stage(self, loader: Iterable[Mapping[str, Any]]) -> None:
+        """Close the task."""
+        self._stack.update()
+
+    def model_of(self, task: int) -> AbstractContextManager[nn.Module]:
+        """The task's own model, whatever came after it."""
+        return self._stack.recall(task)
 
 
 class Joint(FineTune):
@@ -106,5 +149,6 @@ class Joint(FineTune):
 STRATEGIES: dict[str, type[FineTune]] = {
     "finetune": FineTune,
     "bitstack": Masked,
+    "recall": ExactRecall,
     "joint": Joint,
 }

@@ -77,7 +77,21 @@ def train(
     """Train in place. Batches are grouped by length; GPUs get bf16 or fp16 autocast."""
     with _trainer(model, collate, protocol, device, seed, callbacks) as trainer:
         trainer.train_dataset = data
+        if protocol.head_learning_rate is not None:
+            _set_head_rate(trainer, protocol.head_learning_rate)
         trainer.train()
+
+
+def _set_head_rate(trainer: Trainer, rate: float) -> None:
+    """Part the Trainer's own groups into backbone and heads; its schedule scales both alike."""
+    model = trainer.model.backbone if isinstance(trainer.model, MultiHead) else trainer.model
+    backbone = {id(p) for p in model.base_model.parameters()}
+    optimizer = trainer.create_optimizer()
+    for group in list(optimizer.param_groups):
+        heads = [p for p in group["params"] if id(p) not in backbone]
+        group["params"] = [p for p in group["params"] if id(p) in backbone]
+        if heads:
+            optimizer.add_param_group({**group, "params": heads, "lr": rate})
 
 
 def accuracy(

@@ -38,6 +38,49 @@ class LockedCase(unittest.TestCase):
         self.assertEqual(stack.verify(), 0)
 
 
+class RecallCase(unittest.TestCase):
+    """Tasks trained in mode recall; `self.after[t]` is the backbone just after task t."""
+
+    def trained(
+        self, model=None, *, tasks=3, sparsity=0.2, make_optimizer=ADAMW, **settings
+    ) -> tuple[torch.nn.Module, BitStack]:
+        """A model and its stack, each task trained for some steps with one attached optimizer."""
+        model = tiny.plain() if model is None else model
+        self.base, self.after = backbone(model), []
+        stack = BitStack(model, sparsity, mode="recall", **settings)
+        optimizer = make_optimizer(model.parameters())
+        stack.attach(optimizer)
+        for task in range(tasks):
+            self.train_task(model, stack, optimizer, task)
+        return model, stack
+
+    def train_task(self, model, stack, optimizer, task):
+        stack.begin(tiny.batches(3, seed=task))
+        tiny.train(model, optimizer, tiny.batches(4, seed=task), seed=task)
+        stack.update()
+        self.after.append(backbone(model))
+
+    def assert_bits(self, model, expected: dict, message=None):
+        """Every backbone tensor of the model has the expected bits."""
+        for name, value in backbone(model).items():
+            self.assertTrue(torch.equal(tiny.as_bits(value), tiny.as_bits(expected[name])), name)
+
+    def assert_recalls(self, model, stack):
+        """Each task and the base come back bit for bit, in any order, and the present stays."""
+        before = backbone(model)
+        for task in (*range(len(self.after)), None, *reversed(range(len(self.after)))):
+            with stack.recall(task):
+                self.assert_bits(model, self.base if task is None else self.after[task])
+                self.assertEqual(stack.verify(), 0)
+            self.assert_bits(model, before)
+
+
+def backbone(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and buffers but the head's."""
+    heads = ("classifier.", "score.")
+    return {n: v for n, v in tiny.snapshot(model).items() if not n.startswith(heads)}
+
+
 class FileCase(unittest.TestCase):
     def setUp(self):
         self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))

@@ -1,8 +1,8 @@
-"""A plain reference of the published method, for the tests to compare the real one with.
+"""Plain references of the published method and of exact recall, to compare the real ones with.
 
 Bool masks, one concatenated and sorted copy of all scores, boolean-index restore: everything
-that `bitstack_nb` avoids for memory or speed, written so that it can be checked by eye. It holds
-its own list of eligible names and hooks into nothing: `train` masks and restores by hand.
+that `bitstack_nb` avoids for memory or speed, written so that it can be checked by eye. They hold
+their own list of eligible names and hook into nothing: `train` masks and restores by hand.
 """
 
 import torch
@@ -62,3 +62,65 @@ class Reference:
                     parameter.grad[self.masks[name]] = 0
                 optimizer.step()
                 self.restore()
+
+
+class RecallReference(Reference):
+    """Exact recall: a bool mask and a full copy of the backbone per task."""
+
+    def __init__(
+        self, model: nn.Module, names: list[str], *, sparsity: float, heads: list[str]
+    ) -> None:
+        super().__init__(model, names, sparsity=sparsity, budget="fresh")
+        self.heads = [model.get_parameter(name) for name in heads]
+        self.base = {n: p.detach().clone() for n, p in model.named_parameters() if n not in heads}
+        self.owned = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in self.parameters.items()}
+        self.models: list[dict[str, Tensor]] = []
+
+    @torch.no_grad()
+    def put(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.model.get_parameter(name).copy_(value)
+
+    def begin(self, loader: list, *, steps: int, learning_rate: float) -> None:
+        self.put(self.base)
+        optimizer = torch.optim.Adam(self.heads, lr=learning_rate)
+        self.model.eval()
+        for step in range(steps):
+            optimizer.zero_grad()
+            self.model(**loader[step % len(loader)]).loss.backward()
+            optimizer.step()
+        scores = self.importance(loader)
+        for name, score in scores.items():
+            score[self.owned[name]] = 0
+        everything = torch.cat([score.flatten() for score in scores.values()])
+        k = round(self.sparsity * everything.numel())
+        chosen = torch.zeros_like(everything, dtype=torch.bool)
+        chosen[torch.sort(everything, descending=True, stable=True).indices[:k]] = True
+        chosen &= everything > 0
+        for name, parameter in self.parameters.items():
+            own, chosen = chosen[: parameter.numel()], chosen[parameter.numel() :]
+            self.masks[name] = own.view(parameter.shape)
+            self.owned[name] |= self.masks[name]
+
+    def train(self, optimizer: torch.optim.Optimizer, loader: list, *, seed: int = 0) -> None:
+        self.model.train()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for batch in loader:
+                optimizer.zero_grad()
+                self.model(**batch).loss.backward()
+                for name, frozen in self.frozen().items():
+                    gradient = self.model.get_parameter(name).grad
+                    if gradient is not None:
+                        gradient[frozen] = 0
+                optimizer.step()
+                with torch.no_grad():
+                    for name, frozen in self.frozen().items():
+                        self.model.get_parameter(name)[frozen] = self.base[name][frozen]
+
+    def frozen(self) -> dict[str, Tensor]:
+        everywhere = {n: torch.ones_like(v, dtype=torch.bool) for n, v in self.base.items()}
+        return everywhere | {name: ~mask for name, mask in self.masks.items()}
+
+    def update(self) -> None:
+        self.models.append({n: self.model.get_parameter(n).detach().clone() for n in self.base})

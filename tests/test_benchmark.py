@@ -9,6 +9,7 @@ import datasets
 import numpy
 import pytest
 import torch
+import transformers
 from tiny_checkpoints import CONFIGS
 from toy_data import TASK, write_toy
 
@@ -27,6 +28,7 @@ SMALL = Protocol(
 STRATEGIES = {
     "finetune": SMALL,
     "bitstack": SMALL.with_strategy("bitstack", budget="fresh"),
+    "recall": replace(SMALL, head_learning_rate=1e-2).with_strategy("recall", sparsity=0.3),
     "joint": SMALL.with_strategy("joint"),
 }
 
@@ -83,6 +85,37 @@ def test_locks_follow_the_budget(results):
     last = [row for row in results["bitstack"].locks if row["task"] == 3]
     assert sum(row["locked"] for row in last) == stats[-1]["locked"]
     assert results["finetune"].lock_stats == results["finetune"].locks == []
+
+
+def test_recall_forgets_nothing(results, tmp_path, monkeypatch):
+    """Every task is predicted, row by row, as just after it was trained."""
+    predictions = {}
+
+    def watched(model, data, *args, **kwargs):
+        def record(module, inputs, output):
+            predictions.setdefault(len(predictions_of), []).append(output.logits.clone())
+
+        predictions_of.append(data)
+        handle = model.register_forward_hook(record)
+        try:
+            return accuracy(model, data, *args, **kwargs)
+        finally:
+            handle.remove()
+
+    predictions_of = []
+    monkeypatch.setattr(benchmark, "accuracy", watched)
+    result = run(STRATEGIES["recall"], output=tmp_path)
+    logits = list(predictions.values())  # tasks 1; 1, 2; 1, 2, 3
+    assert len(logits) == 6
+    for first, *later in ((0, 1, 3), (2, 4)):
+        for again in later:
+            assert all(map(torch.equal, logits[first], logits[again]))
+    for task in range(3):
+        assert len({row[task] for row in result.matrix[task:]}) == 1
+    assert result.metrics["forgetting"] == result.metrics["forgetting_chaudhry"] == 0
+    assert result.metrics["average_accuracy"] == result.metrics["learning_accuracy"]
+    owned = [stats["frozen_pct"] for stats in result.lock_stats]
+    assert owned == pytest.approx([30, 60, 90], abs=0.1)
 
 
 def test_result_says_where_it_comes_from(results):
@@ -196,7 +229,7 @@ def test_own_tasks_from_a_folder_on_any_classifier(tmp_path, folders, architectu
 
 def test_half_precision_is_on_in_every_stage_and_evaluation(tmp_path, monkeypatch):
     """accelerate's mark on the model once kept the second Trainer from autocast."""
-    monkeypatch.setattr(training, "_half_precision", lambda device: "bf16")
+    monkeypatch.setattr(training, "half_precision", lambda device: "bf16")
     dtypes = {"train": [], "evaluate": [], "update": []}
 
     def watched(what, real):
@@ -260,6 +293,39 @@ def test_protocol_and_strategies_know_the_same_names():
     assert set(PROTOCOL_STRATEGIES) == STRATEGY_CLASSES.keys()
 
 
+def test_the_heads_have_a_rate_of_their_own(tmp_path, monkeypatch):
+    """Ten times the backbone's through warm-up and decay, for every strategy alike."""
+    seen = []
+
+    class Rates(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            inside = model.backbone if isinstance(model, MultiHead) else model
+            backbone = {id(p) for p in inside.base_model.parameters()}
+            rates = {True: set(), False: set()}
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    rates[id(parameter) in backbone].add(group["lr"])
+            stepped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+            assert len(set(stepped)) == len(stepped)
+            assert {id(p) for p in model.parameters()} <= set(stepped)
+            assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.01}
+            seen.append((rates[True].pop(), rates[False].pop()))
+            assert rates == {True: set(), False: set()}
+
+    real = benchmark.train
+
+    def watched(*args, callbacks, **kwargs):
+        real(*args, callbacks=[*callbacks, Rates()], **kwargs)
+
+    monkeypatch.setattr(benchmark, "train", watched)
+    for strategy in STRATEGIES:
+        protocol = replace(SMALL, tasks=SMALL.tasks[:2], head_learning_rate=2e-2, warmup_steps=2)
+        run(protocol.with_strategy(strategy), output=tmp_path)
+        assert max(backbone for backbone, _ in seen) == pytest.approx(2e-3)
+        assert all(head == pytest.approx(10 * backbone) for backbone, head in seen)
+        seen.clear()
+
+
 def test_names_depend_on_what_matters():
     assert SMALL.name == replace(SMALL, sparsity=0.5, budget="fresh").name
     union, fresh = (SMALL.with_strategy("bitstack", budget=b) for b in ("union", "fresh"))
@@ -267,6 +333,16 @@ def test_names_depend_on_what_matters():
         p.name for p in (SMALL, union, fresh, replace(union, seed=1), replace(union, epochs=3))
     }
     assert len(names) == 5
+    assert SMALL.name == replace(SMALL, importance="fisher").name
+    assert SMALL.name == replace(SMALL, head_learning_rate=SMALL.learning_rate).name
+    assert union.name == replace(union, importance="gradient").name
+    recall = SMALL.with_strategy("recall")
+    assert recall.name == replace(recall, budget="fresh").name
+    more = {
+        p.name
+        for p in (recall, replace(recall, importance="fisher"), replace(recall, sparsity=0.2))
+    }
+    assert len(more | {replace(SMALL, head_learning_rate=1.0).name, SMALL.name}) == 5
     assert replace(SMALL, epochs=1.0, weight_decay=0.0) == replace(SMALL, weight_decay=0)
     assert replace(SMALL, train_size=1.0).name != replace(SMALL, train_size=1).name
 
@@ -285,6 +361,10 @@ def test_names_depend_on_what_matters():
         ({"evaluate_on": "train"}, "train.*heldout"),
         ({"strategy": "bitstack", "sparsity": 1.2}, "sparsity is 1.2"),
         ({"strategy": "bitstack", "budget": "new"}, "new.*fresh"),
+        ({"strategy": "bitstack", "importance": "luck"}, "luck.*fisher"),
+        ({"strategy": "recall", "importance": "luck"}, "luck.*fisher"),
+        ({"strategy": "recall", "sparsity": 0.3}, r"sparsity is 0\.3.*5 tasks.*0\.2"),
+        ({"head_learning_rate": 0}, "head_learning_rate is 0"),
     ],
 )
 def test_bad_protocols_say_what_to_do(settings, message):

@@ -5,7 +5,7 @@ import unittest
 import numpy as np
 import torch
 
-from bitstack_nb.bits import count, pack, unpack
+from bitstack_nb.bits import count, owned, owned_by_any, pack, positions, unpack, with_owner
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 SHAPES = [(), (0,), (1,), (7,), (8,), (9,), (63,), (64,), (65,), (3, 5), (4, 0, 2), (33, 7, 5)]
@@ -45,6 +45,13 @@ class Packing(unittest.TestCase):
                 self.assertEqual(count(bits), int(mask.sum()))
                 self.assertIsInstance(count(bits), int)
 
+    def test_positions(self):
+        for device, shape, density, mask in masks():
+            with self.subTest(device=device, shape=shape, density=density):
+                found = positions(pack(mask), mask.shape)
+                self.assertEqual((found.dtype, found.device.type), (torch.int64, device))
+                self.assertTrue(torch.equal(found, mask.flatten().nonzero().flatten()))
+
     def test_every_byte(self):
         for value in range(256):
             bits = torch.tensor([value], dtype=torch.uint8)
@@ -77,6 +84,23 @@ class Packing(unittest.TestCase):
             unpack(torch.zeros(2, dtype=torch.uint8), (17,))
         with self.assertRaises((TypeError, ValueError)):
             unpack(torch.zeros(8, dtype=torch.int64), (64,))
+
+
+class Owners(unittest.TestCase):
+    def test_disjoint_masks_in_planes(self):
+        generator = torch.Generator().manual_seed(0)
+        for device in DEVICES:
+            for shape in SHAPES:
+                owner = torch.randint(-1, 9, shape, generator=generator).to(device)
+                planes = torch.zeros(0, len(pack(owner > 0)), dtype=torch.uint8, device=device)
+                for task in range(9):
+                    planes = with_owner(planes, pack(owner == task), task)
+                    self.assertEqual(len(planes), (task + 1).bit_length())
+                    for earlier in range(task + 1):
+                        own = unpack(owned(planes, earlier), shape)
+                        self.assertTrue(torch.equal(own, owner == earlier))
+                    present = (owner >= 0) & (owner <= task)
+                    self.assertTrue(torch.equal(unpack(owned_by_any(planes), shape), present))
 
 
 if __name__ == "__main__":

@@ -46,8 +46,9 @@ def test_no_network_is_one_line_with_a_way_out(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_process_is_resumed_with_the_same_matrix(tmp_path, capsys):
-    options = [*FAST, "--strategy", "bitstack", "--quiet"]
+@pytest.mark.parametrize("strategy", ["bitstack", "recall"])
+def test_a_killed_process_is_resumed_with_the_same_matrix(tmp_path, capsys, strategy):
+    options = [*FAST, "--strategy", strategy, "--quiet"]
     assert main(["run", *options, "--output", str(tmp_path / "unbroken")]) == 0
     broken = tmp_path / "broken"
     process = subprocess.Popen(
@@ -74,6 +75,21 @@ def test_ablation_runs_every_sparsity_and_budget(tmp_path, capsys):
     assert "| bitstack" in capsys.readouterr().out
 
 
+def test_recall_at_every_sparsity_and_importance(tmp_path, capsys):
+    """Budgets are none of its settings."""
+    options = ["--strategy", "recall", "--sparsity", "0.1,0.5", "--importance", "gradient,fisher"]
+    options += ["--budget", "union,fresh", "--head-learning-rate", "0.01", "--quiet"]
+    assert main(["run", *FAST, *options, "--output", str(tmp_path)]) == 0
+    done = load_results(tmp_path)
+    runs = {(r.protocol["sparsity"], r.protocol.get("importance")) for r in done}
+    assert runs == {(s, i) for s in (0.1, 0.5) for i in (None, "fisher")}
+    assert len(done) == 4
+    for result in done:
+        assert result.protocol["head_learning_rate"] == 0.01
+        assert result.metrics["forgetting"] == 0
+    assert "| recall" in capsys.readouterr().out
+
+
 def test_stronger_is_two_tasks_on_the_model_named(tmp_path, capsys):
     options = ["--model", "tiny-gpt2", "--data", "embedded", "--output", str(tmp_path), "--quiet"]
     assert main(["stronger", *FAST[2:], *options]) == 0
@@ -98,6 +114,7 @@ def test_seeds_give_an_interval(tmp_path, capsys):
         (["--device", "cuda"], "use auto or cpu"),
         (["--train-size", "100000"], "100000"),
         (["--learning-rate", "-1"], "learning_rate"),
+        (["--strategy", "recall", "--sparsity", "0.3"], "up to 0.2"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path, capsys, arguments, message):

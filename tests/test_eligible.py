@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from bitstack_nb import BitStack
+from bitstack_nb.eligible import head_parameters
 
 
 class Eligibility(unittest.TestCase):
@@ -68,6 +69,22 @@ class Eligibility(unittest.TestCase):
     def test_a_language_model_tied_to_its_embedding(self):
         masks = BitStack(tiny.gpt2(model_class="GPT2LMHeadModel")).masks
         self.assertTrue(all(name.startswith("transformer.h.") for name in masks))
+
+    def test_heads(self):
+        for architecture, heads in {
+            "plain": {"classifier.weight", "classifier.bias"},
+            "gpt2": {"score.weight"},
+            "distilbert": {
+                f"{part}.{name}"
+                for part in ("pre_classifier", "classifier")
+                for name in ("weight", "bias")
+            },
+        }.items():
+            with self.subTest(architecture):
+                model = tiny.ARCHITECTURES[architecture][0]()
+                self.assertEqual(head_parameters(model).keys(), heads)
+        # The output layer of a language model is its embedding: the backbone's.
+        self.assertEqual(head_parameters(tiny.gpt2(model_class="GPT2LMHeadModel")), {})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The Trainer callback: locked entries are exact after training by the transformers Trainer."""
 
+import copy
 import gc
 import logging
 import os
@@ -42,6 +43,17 @@ class Watch(TrainerCallback):
         for name, mask in self.stack.masks.items():
             gradient = model.get_parameter(name).grad
             self.locked_gradient += float(gradient[mask].abs().sum())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+        self.stack.verify()
+
+
+class Verifying(TrainerCallback):
+    """Verifies after every optimizer step."""
+
+    def __init__(self, stack: BitStack) -> None:
+        self.stack, self.steps = stack, 0
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps += 1
@@ -192,6 +204,40 @@ class WithTrainer(unittest.TestCase):
 
         with self.assertRaisesRegex(LockedEntriesMoved, r"h\.0\.attn\.c_attn\.weight"):
             self.trainer(model, [stack.callback(), Meddle()]).train()
+
+    def test_recall_with_one_trainer_a_task(self):
+        """In bfloat16 too, with clipping, warm-up and accumulation; the export runs by itself."""
+        for arguments in (
+            {"max_grad_norm": 0.1, "warmup_steps": 2, "gradient_accumulation_steps": 2},
+            {"bf16": True},
+        ):
+            with self.subTest(str(arguments)):
+                model = tiny.gpt2()
+                base, stack, after = tiny.snapshot(model), BitStack(model, 0.2, mode="recall"), []
+                for task in range(3):
+                    stack.begin(tiny.batches(2, seed=task))
+                    watch = Verifying(stack)
+                    self.trainer(model, [stack.callback(), watch], seed=task, **arguments).train()
+                    self.assertGreater(watch.steps, 2)
+                    stack.update()
+                    after.append(tiny.snapshot(model))
+                    moved = tiny.changed(model, base)
+                    self.assertFalse(moved["transformer.wte.weight"].any())
+                    self.assertTrue(moved["transformer.h.0.attn.c_attn.weight"].any())
+                for task, expected in enumerate(after):
+                    with stack.recall(task):
+                        moved = tiny.changed(model, expected)
+                        self.assertFalse(any(c.any() for n, c in moved.items() if "score" not in n))
+                    exported = stack.export(task)
+                    expected = copy.deepcopy(exported.state_dict())
+                    with torch.no_grad():
+                        model.transformer.wte.weight.add_(1.0)
+                        fresh = type(model)(model.config).eval()
+                        fresh.load_state_dict(expected)
+                        batch = tiny.batches(1, seed=9)[0]
+                        logits = exported.eval()(**batch).logits
+                        self.assertTrue(torch.equal(logits, fresh(**batch).logits))
+                    stack.restore()
 
     def test_a_trainer_of_another_model(self):
         stack = self.locked(tiny.gpt2())

@@ -29,6 +29,27 @@ def test_the_readmes_ten_lines_work(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = re.search(r"```python\n(from bitstack_nb import BitStack\n.*?)```", README, re.S)[1]
     assert len([line for line in code.splitlines() if line]) <= 12
+    scope = readme_scope(folders, tmp_path)
+    exec(code, scope)
+    assert scope["stack"].stats()["locked"] > 0
+    assert scope["stack"].verify() == 0
+    assert BitStack.load("masks.safetensors", scope["model"]).stats() == scope["stack"].stats()
+
+
+def test_the_readmes_recall_works(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n([^`]*mode=\"recall\".*?)```", README, re.S)[1]
+    scope = readme_scope(folders, tmp_path)
+    exec(code, scope)
+    stack, plain = scope["stack"], type(scope["model"]).from_pretrained("task-0")
+    assert stack.verify() == 0
+    with stack.recall(0) as model:
+        for name, value in model.state_dict().items():
+            assert torch.equal(plain.state_dict()[name], value)
+
+
+def readme_scope(folders, tmp_path) -> dict:
+    """What the README's examples take as given."""
     backbone = load_backbone(str(folders["bert"]), max_length=16, seed=0)
     tasks = {
         f"task_{number}": encode(Dataset.from_dict({"text": texts, "label": labels}), backbone)
@@ -50,12 +71,21 @@ def test_the_readmes_ten_lines_work(folders, tmp_path, monkeypatch):
         report_to="none",
         disable_tqdm=True,
     )
-    names = {"model": backbone.model, "args": arguments, "collate": collate(backbone), **tasks}
-    scope = {"Trainer": Trainer, "DataLoader": DataLoader, "torch": torch, **names}
-    exec(code, scope)
-    assert scope["stack"].stats()["locked"] > 0
-    assert scope["stack"].verify() == 0
-    assert BitStack.load("masks.safetensors", scope["model"]).stats() == scope["stack"].stats()
+    make_batch = collate(backbone)
+    batches = list(DataLoader(tasks["task_1"], batch_size=8, collate_fn=make_batch))
+    return {
+        "BitStack": BitStack,
+        "DataLoader": DataLoader,
+        "Trainer": Trainer,
+        "torch": torch,
+        "model": backbone.model,
+        "base_model": load_backbone(str(folders["bert"]), max_length=16, seed=0).model,
+        "args": arguments,
+        "collate": make_batch,
+        "loader_1": batches,
+        "batch": batches[0],
+        **tasks,
+    }
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/*/*.json")), ids=lambda f: f.name)

@@ -128,6 +128,20 @@ class TopMasks(unittest.TestCase):
             masks = top_masks(scores, k)
             self.assertEqual(sum(int(mask.sum()) for mask in masks.values()), k)
 
+    def test_without_ties_exactly_k_the_first_of_them(self):
+        for kind in KINDS:
+            scores = {str(i): score for i, score in enumerate(make_scores(kind, "cpu"))}
+            flat = torch.cat([score.flatten() for score in scores.values()])
+            order = flat.sort(descending=True, stable=True).indices
+            for k in (0, 1, 7, 100, 500, len(flat)):
+                with self.subTest(kind=kind, k=k):
+                    expected = torch.zeros_like(flat, dtype=torch.bool)
+                    expected[order[:k]] = True
+                    expected &= flat > 0
+                    masks = top_masks(scores, k, ties=False)
+                    found = torch.cat([masks[name].flatten() for name in scores])
+                    self.assertTrue(torch.equal(found, expected))
+
     def test_an_entry_without_gradient_is_never_chosen(self):
         masks = top_masks({"a": torch.zeros(4), "b": torch.tensor([0.0, 2.0])}, 5)
         self.assertEqual(masks["a"].tolist(), [False] * 4)

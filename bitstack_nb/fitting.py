@@ -1,0 +1,65 @@
+"""A new task's head fitted on the backbone as it stands, before importance is measured under it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitstack_nb.importance import batch_loss, undisturbed
+
+
+def check_fitting(steps: int, learning_rate: float) -> None:
+    """Raise a ValueError that names a number of steps or a learning rate out of range."""
+    if not isinstance(steps, Integral) or steps < 0:
+        raise ValueError(f"head_steps is {steps!r}, expected a whole number, at least 0")
+    if not isinstance(learning_rate, Real) or not 0 < learning_rate < float("inf"):
+        raise ValueError(f"head_learning_rate is {learning_rate!r}, expected more than 0")
+
+
+def fit_heads(
+    model: nn.Module,
+    heads: Sequence[nn.Parameter],
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Take Adam steps on the heads alone, a batch each, round and round the batches.
+
+    In evaluation mode (dropout off, so nothing is drawn), without weight decay and autocast.
+    Training flags, gradients and the RNG state are left as found. Errors as in
+    :func:`bitstack_nb.importance.measure`.
+    """
+    optimizer = torch.optim.Adam(heads, lr=learning_rate)
+    found = [head.grad for head in heads]
+    device = heads[0].device
+    try:
+        with undisturbed(model, device):
+            for batch in islice(cycle(batches), steps):
+                loss = batch_loss(model, batch, device)
+                gradients = torch.autograd.grad(loss, heads, allow_unused=True)
+                for head, gradient in zip(heads, gradients, strict=True):
+                    head.grad = gradient
+                optimizer.step()
+    finally:
+        for head, gradient in zip(heads, found, strict=True):
+            head.grad = gradient
+
+
+@contextmanager
+def put_back_on_error(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """When the body raises, the tensors get back the values they had before it."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        raise

@@ -1,0 +1,119 @@
+"""The guarantee: what may not move gets no gradient, and is put back after each optimizer step.
+
+Weight decay and momentum move weights whose gradient is zero, so zero gradients alone are no
+guarantee; but they keep clipping and Adam's moments clean. What may not move, ``Locks`` and
+``Owners`` say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from bitstack_nb.locks import Locks
+from bitstack_nb.owners import Owners
+
+
+class LockedEntriesMoved(RuntimeError):
+    """Entries that may not move differ from the values they must have."""
+
+
+class Guard:
+    """Hooks on the parameters that ``locks`` holds, and on the optimizers that step them.
+
+    Attributes:
+        handles: one gradient hook per parameter with entries that may not move, by name.
+        hook_calls: how often each was called.
+    """
+
+    def __init__(self, model: nn.Module, locks: Locks | Owners) -> None:
+        self._model, self._locks = model, locks
+        self._attached: WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = (
+            WeakKeyDictionary()
+        )
+        self._lifted = False
+        self.handles: dict[str, RemovableHandle] = {}
+        self.hook_calls: dict[str, int] = {}
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """As ``BitStack.attach``."""
+        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = optimizer.optimizer  # accelerate wraps the one that steps
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer")
+        self.check_still_the_models()
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if stepped.isdisjoint(id(p) for p in self._parameters().values()):
+            raise ValueError(
+                f"this {type(optimizer).__name__} holds none of the stack's parameters: "
+                "build it from the parameters of the model that the stack was made with (shards "
+                "of FSDP or DeepSpeed are others)"
+            )
+        self.add_gradient_hooks()
+        previous = self._attached.pop(optimizer, None)
+        if previous is not None:
+            previous.remove()
+        handle = optimizer.register_step_post_hook(lambda *_: self._locks.restore())
+        self._attached[optimizer] = handle
+        return handle
+
+    def detach(self) -> None:
+        """Remove every gradient and optimizer hook."""
+        for handle in (*self.handles.values(), *self._attached.values()):
+            handle.remove()
+        self.handles.clear()
+        self._attached.clear()
+
+    def add_gradient_hooks(self) -> None:
+        """Hook what has entries that may not move and is not hooked yet."""
+        for name, parameter in self._locks.held.items():
+            if name not in self.handles and parameter.requires_grad:
+                self.handles[name] = parameter.register_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        def hook(gradient: torch.Tensor) -> torch.Tensor | None:
+            if self._lifted:
+                return None
+            self.hook_calls[name] = self.hook_calls.get(name, 0) + 1
+            return self._locks.movable_part(name, gradient)
+
+        return hook
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Let gradients through, for measuring importance."""
+        self._lifted = True
+        try:
+            yield
+        finally:
+            self._lifted = False
+
+    def verify(self) -> None:
+        """Raise LockedEntriesMoved, naming how many and where, if any moved."""
+        self.check_still_the_models()
+        moved = self._locks.moved()
+        if moved:
+            where = ", ".join(f"{name} ({number:,})" for name, number in moved.items())
+            raise LockedEntriesMoved(
+                f"{sum(moved.values()):,} locked entries moved: {where}. "
+                "Call attach(optimizer) before training, or restore() to put them back"
+            )
+
+    def check_still_the_models(self) -> None:
+        """A replaced parameter would be guarded no more, and nothing would tell."""
+        present = {id(p) for p in self._model.parameters()}
+        gone = [name for name, p in self._parameters().items() if id(p) not in present]
+        if gone:
+            raise RuntimeError(
+                f"the model no longer holds {', '.join(gone[:3])}{' ...' if gone[3:] else ''}: a "
+                "module was replaced after the stack was made. Exclude heads that are swapped "
+                "(exclude=[...]), or save the stack and load it onto the model as it is now"
+            )
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {**self._locks.parameters, **self._locks.held}

@@ -1,0 +1,303 @@
+"""Mode recall, kept: files that serve inference elsewhere, exported models, and what is refused."""
+
+import json
+import subprocess
+import sys
+import unittest
+from pathlib import Path
+
+import numpy as np
+import tiny
+import torch
+from cases import ADAMW, FileCase, RecallCase, backbone
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from bitstack_nb import BitStack
+from bitstack_nb.storage import MaskFileError
+
+SERVE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import tiny, torch
+from bitstack_nb import BitStack
+
+model = tiny.gpt2().eval()
+stack = BitStack.load(sys.argv[2] + "/stack.safetensors", model)
+batch = tiny.batches(1, seed=9)[0]
+for task in (1, 0, 2):
+    model.score.load_state_dict(torch.load(f"{sys.argv[2]}/head-{task}.pt"))
+    with stack.recall(task), torch.no_grad():
+        torch.save(model(**batch).logits, f"{sys.argv[2]}/served-{task}.pt")
+stack.verify()
+"""
+
+
+class Case(FileCase, RecallCase):
+    def setUp(self):
+        super().setUp()
+        self.tests = str(Path(__file__).parent)
+
+
+class RoundTrip(Case):
+    def test_outputs_in_a_new_process(self):
+        """Base by its name, stack and heads from files: the logits of training time exactly."""
+        model = tiny.gpt2()
+        stack = BitStack(model, 0.2, mode="recall")
+        optimizer, batch = ADAMW(model.parameters()), tiny.batches(1, seed=9)[0]
+        stack.attach(optimizer)
+        expected = []
+        for task in range(3):
+            stack.begin(tiny.batches(2, seed=task))
+            tiny.train(model, optimizer, tiny.batches(3, seed=task))
+            stack.update()
+            torch.save(model.score.state_dict(), self.folder / f"head-{task}.pt")
+            expected.append(model.eval()(**batch).logits)
+        stack.save(self.path)
+        command = [sys.executable, "-c", SERVE, self.tests, str(self.folder)]
+        subprocess.run(command, check=True, cwd=Path(self.tests).parent)
+        for task, logits in enumerate(expected):
+            served = torch.load(self.folder / f"served-{task}.pt")
+            self.assertTrue(torch.equal(served, logits))
+        self.assertFalse(torch.equal(expected[0], expected[1]))
+
+    def test_models_masks_and_table(self):
+        for dtype in (torch.float32, torch.bfloat16):
+            for sparsity in (0.2, 0.0):
+                with self.subTest(dtype=dtype, sparsity=sparsity):
+                    _, stack = self.trained(tiny.plain().to(dtype), sparsity=sparsity)
+                    stack.save(self.path)
+                    other = tiny.plain().to(dtype)
+                    with torch.no_grad():
+                        other.classifier.weight.zero_()  # heads are not the stack's
+                    loaded = BitStack.load(self.path, other)
+                    self.assert_same(loaded, stack)
+                    self.assert_bits(other, self.after[-1])
+                    self.assert_recalls(other, loaded)
+                    self.assertFalse(other.classifier.weight.any())
+
+    def test_a_loaded_stack_goes_on_as_the_original(self):
+        model, stack = self.trained(tasks=2)
+        stack.save(self.path)
+        twin = tiny.plain()
+        loaded = BitStack.load(self.path, twin)
+        twin.classifier.load_state_dict(model.classifier.state_dict())
+        for each, module in ((stack, model), (loaded, twin)):
+            optimizer = ADAMW(module.parameters())
+            each.attach(optimizer)
+            self.assertEqual(each.verify(), 0)
+            each.begin(tiny.batches(3, seed=5))
+            tiny.train(module, optimizer, tiny.batches(3, seed=5))
+            each.update()
+        self.after.append(backbone(model))
+        self.assert_same(loaded, stack)
+        self.assert_recalls(twin, loaded)
+
+    def test_without_a_task_and_saved_within_a_block(self):
+        stack = BitStack(tiny.plain(), 0.2, mode="recall")
+        stack.save(self.path)
+        self.assertEqual(BitStack.load(self.path, tiny.plain()).stats(), stack.stats())
+        _, stack = self.trained()
+        with stack.recall(0):
+            stack.save(self.path)
+        other = tiny.plain()
+        self.assert_recalls(other, BitStack.load(self.path, other))
+
+    def test_state_dict_through_torch_save_into_a_stack_in_use(self):
+        _, stack = self.trained()
+        torch.save(stack.state_dict(), self.folder / "state.pt")
+        after = self.after
+        model, twin = self.trained(sparsity=0.1, tasks=1)
+        twin.load_state_dict(torch.load(self.folder / "state.pt", weights_only=True))
+        self.after = after
+        self.assert_same(twin, stack)
+        self.assert_recalls(model, twin)
+        self.assertEqual(twin.begin(tiny.batches(2, seed=0))["locked"], 4 * round(0.2 * 2722))
+
+    def test_onto_a_compiled_model(self):
+        _, stack = self.trained()
+        stack.save(self.path)
+        model = tiny.plain()
+        compiled = torch.compile(model, backend="eager")
+        self.assert_recalls(model, BitStack.load(self.path, compiled))
+
+    def test_resuming_within_a_task_is_refused(self):
+        stack = BitStack(tiny.plain(), 0.2, mode="recall")
+        stack.begin(tiny.batches(2, seed=0))
+        for call in (lambda: stack.save(self.path), stack.state_dict):
+            with self.assertRaisesRegex(RuntimeError, r"task 0 is still open.*update"):
+                call()
+        self.assertFalse(self.path.exists())
+
+    def test_without_values(self):
+        _, stack = self.trained(tasks=1)
+        with self.assertRaisesRegex(ValueError, "values=False.*recall"):
+            stack.save(self.path, values=False)
+        self.assertFalse(self.path.exists())
+
+    def test_size(self):
+        """Values, and two planes of one bit per entry for three tasks."""
+        model = tiny.plain(width=64, depth=3)
+        _, stack = self.trained(model, sparsity=0.1)
+        stack.save(self.path)
+        numbers = stack.stats()
+        bound = 4 * numbers["locked"] + 1.02 * 2 * numbers["eligible"] / 8
+        with safe_open(self.path, framework="pt") as file:
+            tensors = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118
+        self.assertLessEqual(sum(t.numel() * t.element_size() for t in tensors), bound)
+
+    def test_inference_keeps_no_copy_of_the_base(self):
+        _, stack = self.trained()
+        stack.save(self.path)
+        model = tiny.plain()
+        loaded = BitStack.load(self.path, model)
+        with torch.no_grad():
+            model.embed.weight[0] += 1.0
+        self.assertEqual(loaded.verify(), 0)  # nothing to compare it with
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        with self.assertRaisesRegex(RuntimeError, f"^{round(0.2 * 2722):,} locked entries"):
+            loaded.verify()
+        loaded.restore()
+        self.assertEqual(loaded.verify(), 0)
+
+
+class Export(Case):
+    def test_a_plain_model(self):
+        model, stack = self.trained(tiny.gpt2().eval())
+        batch = tiny.batches(1, seed=9)[0]
+        present = tiny.snapshot(model)
+        for task in (0, 1, 2, None):
+            exported = stack.export(task)
+            with stack.recall(task):
+                self.assertFalse(
+                    any(c.any() for c in tiny.changed(exported, tiny.snapshot(model)).values())
+                )
+                expected = model.eval()(**batch).logits
+            self.assertFalse(any(p._backward_hooks for p in exported.parameters()))
+            exported.save_pretrained(self.folder / "exported")
+            loaded = type(model).from_pretrained(self.folder / "exported").eval()
+            self.assertTrue(torch.equal(loaded(**batch).logits, expected))
+            with torch.no_grad():
+                for parameter in exported.parameters():
+                    parameter.add_(1.0)
+        self.assertFalse(any(c.any() for c in tiny.changed(model, present).values()))
+        self.assertEqual(stack.verify(), 0)
+
+
+class Refused(Case):
+    def refuse(self, *patterns: str, model=None):
+        model = tiny.plain() if model is None else model
+        before = tiny.snapshot(model)
+        with self.assertRaises(MaskFileError) as raised:
+            BitStack.load(self.path, model)
+        for pattern in patterns:
+            self.assertRegex(str(raised.exception), pattern)
+        self.assertFalse(any(c.any() for c in tiny.changed(model, before).values()))
+        self.assertFalse(any(p._backward_hooks for p in model.parameters()))
+
+    def test_another_base(self):
+        model, stack = self.trained()
+        stack.save(self.path)
+        self.refuse("another base.*checkpoint", model=tiny.plain(1))
+        self.refuse("another base", model=tiny.unhooked_copy(model))  # it stands as the last task's
+        other = tiny.plain()
+        with torch.no_grad():
+            other.embed.weight[3, 4] += 1.0
+        self.refuse(r"another base: embed\.weight of", model=other)
+        self.refuse("bfloat16.*float32", model=tiny.plain().to(torch.bfloat16))
+        self.refuse(r"blocks\.1\.", model=tiny.plain(depth=1))
+
+    def test_into_a_stack_in_use(self):
+        _, stack = self.trained()
+        state = stack.state_dict()
+        model, twin = self.trained(tiny.plain(1), tasks=2)
+        with self.assertRaisesRegex(MaskFileError, "another base"):
+            twin.load_state_dict(state)
+        self.assert_bits(model, self.after[-1])
+        self.assert_recalls(model, twin)
+
+    def rewritten(self, change) -> None:
+        self.good.save(self.path)
+        tensors = load_file(self.path)
+        with safe_open(self.path, framework="pt") as file:
+            metadata = dict(file.metadata())
+        change(tensors, metadata)
+        save_file(tensors, self.path, metadata=metadata)
+
+    def test_missing_or_damaged_parts(self):
+        _, self.good = self.trained()
+        self.good.save(self.path)
+        with safe_open(self.path, framework="pt") as file:
+            keys, entries = list(file.keys()), list(file.metadata())
+        for key in keys:
+            for name, change in {
+                "missing": lambda t, _, k: t.pop(k),
+                "shortened": lambda t, _, k: t.update({k: t[k][..., :-1].clone()}),
+                "flattened": lambda t, _, k: t.update({k: t[k].flatten()[:-1].clone()}),
+            }.items():
+                with self.subTest(name, key=key):
+                    self.rewritten(lambda t, m, c=change, k=key: c(t, m, k))
+                    self.refuse("stack.safetensors")
+        for entry in entries:
+            with self.subTest(missing=entry):
+                self.rewritten(lambda _, metadata, e=entry: metadata.pop(e))
+                self.refuse()
+            with self.subTest(garbled=entry):
+                self.rewritten(lambda _, metadata, e=entry: metadata.update({e: "{]"}))
+                self.refuse()
+
+    def test_owners_that_are_not_there(self):
+        _, self.good = self.trained(tasks=2)
+        self.rewritten(lambda tensors, _: tensors["owners"].fill_(0b11))
+        self.refuse("damaged.*task that is not there")
+        self.rewritten(lambda tensors, _: tensors["owners"][:, -1:].fill_(255))
+        self.refuse("stack.safetensors")
+
+
+class OldFiles(FileCase):
+    def test_version_1(self):
+        """A file of mode protect put together by hand as the first version wrote it."""
+        generator = torch.Generator().manual_seed(0)
+        model = tiny.plain()
+        names = tiny.expected_eligible("plain", model)
+        parameters = [model.get_parameter(name).detach() for name in names]
+        masks = [torch.rand(p.shape, generator=generator) < 0.2 for p in parameters]
+        packed = [np.packbits(mask.numpy(), bitorder="little") for mask in masks]
+        counts = torch.tensor([[int(mask.sum()) for mask in masks]], dtype=torch.int32)
+        tensors = {
+            "masks": torch.from_numpy(np.concatenate(packed)),
+            "values.float32": torch.cat([p[m] + 1 for p, m in zip(parameters, masks, strict=True)]),
+            "selected": counts,
+            "added": counts.clone(),
+        }
+        settings = {"sparsity": 0.2, "exclude": None, "mode": "protect", "budget": "union"}
+        metadata = {
+            "format": "bitstack-masks",
+            "version": "1",
+            "bit_order": "little",
+            "values": "true",
+            "settings": json.dumps({**settings, "importance": "gradient"}),
+            "parameters": json.dumps(
+                [
+                    [n, list(p.shape), "torch.float32"]
+                    for n, p in zip(names, parameters, strict=True)
+                ]
+            ),
+        }
+        save_file(tensors, self.path, metadata=metadata)
+        expected = [torch.where(mask, p + 1, p) for p, mask in zip(parameters, masks, strict=True)]
+        stack = BitStack.load(self.path, model)
+        for name, mask, value in zip(names, masks, expected, strict=True):
+            self.assertTrue(torch.equal(stack.masks[name], mask), name)
+            self.assertTrue(torch.equal(model.get_parameter(name), value), name)
+        self.assertEqual(stack.verify(), 0)
+        stack.save(self.path)
+        with safe_open(self.path, framework="pt") as file:
+            self.assertEqual(file.metadata().keys(), metadata.keys())
+            self.assertEqual(file.metadata()["version"], "1")
+
+
+if __name__ == "__main__":
+    unittest.main()

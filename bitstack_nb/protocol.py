@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+import torch
 
 from bitstack_nb.sampling import SAMPLINGS
 from bitstack_nb.stack import check_settings
@@ -149,3 +152,17 @@ PRESETS: dict[str, Protocol] = {
         seed=42,
     ),
 }
+
+
+def default_preset() -> str:
+    """The notebooks' preset: ``BITSTACK_PRESET``, else ``published`` with a GPU, ``smoke`` without.
+
+    Raises:
+        ValueError: ``BITSTACK_PRESET`` names no preset.
+    """
+    name = os.environ.get("BITSTACK_PRESET")
+    if not name:
+        return "published" if torch.cuda.is_available() else "smoke"
+    if name not in PRESETS:
+        raise ValueError(f"BITSTACK_PRESET is {name!r}, expected one of {', '.join(PRESETS)}")
+    return name

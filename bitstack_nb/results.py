@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitstack_nb.files import replacing
 from bitstack_nb.metrics import accuracy_matrix, mean_interval
@@ -147,35 +147,52 @@ def _json_files(folder: Path) -> list[Path]:
     return [f for f, above in zip(files, suffixes, strict=True) if ".state" not in above]
 
 
-def table(results: Iterable[Result]) -> pd.DataFrame:
-    """One row per configuration: means and intervals over its seeds.
+class Configuration(NamedTuple):
+    """What some runs share, under the names and values a table shows, and the runs themselves."""
 
-    A configuration is the protocol without the seed and the order of the tasks. Columns: strategy,
-    sparsity, budget; every other protocol entry that differs between the rows; ``published`` (the
-    source) where there are such rows, which never mix with measured ones; ``data`` where it is
-    synthetic; ``seeds`` (how many); then each of COLUMNS and, as ``<column>_interval``, the half
-    width of its 95 % Student interval, NaN for one seed. A mean is NaN where a seed lacks it.
-    Raises ResultError without results, and where a seed and order occur in a configuration with two
-    different results, as counting both would feign a narrower interval.
+    shown: dict[str, Any]
+    results: list[Result]
+
+
+def configurations(results: Iterable[Result]) -> list[Configuration]:
+    """Results by configuration: the protocol without the seed and the order of the tasks.
+
+    ``shown`` has strategy, sparsity, budget; every other protocol entry that differs between the
+    configurations; ``published`` (the source) where there are such results, which never mix with
+    measured ones; ``data`` where it is synthetic. Sorted by what is shown, the runs of each by seed
+    and order of the tasks. Raises ResultError without results, and where a seed and order occur in
+    a configuration with two different results, as counting both would feign a narrower interval.
     """
-    import pandas as pd
-
     groups: dict[str, list[Result]] = {}
     for result in results:
         group = groups.setdefault(canonical(_configuration(result)), [])
         if result not in group:  # one run that was given twice
             group.append(result)
     if not groups:
-        raise ResultError("a table needs at least one result")
-    configurations = [json.loads(key) for key in groups]
-    columns = _shown_columns(configurations)
-    rows = []
-    for configuration, members in zip(configurations, groups.values(), strict=True):
+        raise ResultError("there are no results: give at least one")
+    entries = [json.loads(key) for key in groups]
+    names = _shown_columns(entries)
+    found = []
+    for configuration, members in zip(entries, groups.values(), strict=True):
         _check_distinct(members)
-        row = {name: _shown(name, configuration.get(name)) for name in columns}
-        rows.append(row | {"seeds": len(members)} | _averages(members))
-    rows.sort(key=lambda row: [_sort_key(row[name]) for name in columns])
-    return pd.DataFrame(rows)
+        shown = {name: _shown(name, configuration.get(name)) for name in names}
+        found.append(Configuration(shown, sorted(members, key=lambda m: _sort_keys(_draw(m)))))
+    return sorted(found, key=lambda item: _sort_keys(item.shown.values()))
+
+
+def table(results: Iterable[Result]) -> pd.DataFrame:
+    """One row per configuration: means and intervals over its seeds.
+
+    Columns: what ``configurations`` shows; ``seeds`` (how many); then each of COLUMNS and, as
+    ``<column>_interval``, the half width of its 95 % Student interval, NaN for one seed. A mean is
+    NaN where a seed lacks it. Raises ResultError as ``configurations`` does.
+    """
+    import pandas as pd
+
+    return pd.DataFrame(
+        item.shown | {"seeds": len(item.results)} | _averages(item.results)
+        for item in configurations(results)
+    )
 
 
 def format_table(frame: pd.DataFrame) -> str:
@@ -222,26 +239,31 @@ def _check_distinct(members: list[Result]) -> None:
     """The order of the tasks belongs to the seed; the pair has to be there once."""
     seen = set()
     for member in members:
-        order = canonical([task["name"] for task in member.protocol.get("tasks") or []])
-        draw = (member.protocol.get("seed"), order)
+        draw = _draw(member)
         if draw in seen:
             raise ResultError(
                 f"seed {draw[0]} of strategy {member.protocol['strategy']!r} has two different "
-                f"results with the tasks {order}: leave one of them out"
+                f"results with the tasks {draw[1]}: leave one of them out"
             )
         seen.add(draw)
+
+
+def _draw(result: Result) -> tuple[Any, str]:
+    names = [task["name"] for task in result.protocol.get("tasks") or []]
+    return result.protocol.get("seed"), canonical(names)
 
 
 def _averages(members: list[Result]) -> dict[str, float]:
     row = {}
     for name in COLUMNS:
-        values = [_value(member, name) for member in members]
+        values = [column_value(member, name) for member in members]
         mean, half = (math.nan, None) if None in values else mean_interval(values)
         row |= {name: mean, f"{name}_interval": math.nan if half is None else half}
     return row
 
 
-def _value(result: Result, name: str) -> float | None:
+def column_value(result: Result, name: str) -> float | None:
+    """One run's number for a column of COLUMNS; None where it has none."""
     locked = {"locked_of_eligible": "frozen_pct", "locked_of_all": "locked_pct"}
     if name in locked:
         return result.lock_stats[-1].get(locked[name]) if result.lock_stats else None
@@ -257,11 +279,13 @@ def _shown(name: str, value: Any) -> Any:
     return canonical(value) if isinstance(value, list | dict) else value
 
 
-def _sort_key(value: Any) -> tuple[int, float, str]:
-    """Orders what is absent before numbers before text."""
-    if value is None:
-        return 0, 0.0, ""
-    return (1, float(value), "") if isinstance(value, int | float) else (2, 0.0, str(value))
+def _sort_keys(values: Iterable[Any]) -> list[tuple[int, float, str]]:
+    """Order what is absent before numbers before text."""
+    numbers = int | float
+    return [
+        (0, 0.0, "") if v is None else (1, v, "") if isinstance(v, numbers) else (2, 0.0, str(v))
+        for v in values
+    ]
 
 
 def _cell(value: Any, half: float | None, is_metric: bool) -> str:

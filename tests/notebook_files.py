@@ -1,0 +1,59 @@
+"""The notebooks as committed: ``python tests/notebook_files.py [FILE ...]`` runs and writes them.
+
+Run on the preset smoke, and stripped of what differs from run to run: timings, the kernel's
+version, widgets (no kernel stands behind them any more) and stderr (progress bars).
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+METADATA = {
+    "accelerator": "GPU",
+    "colab": {"gpuType": "T4", "provenance": []},
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def read(file: Path) -> nbformat.NotebookNode:
+    """The notebook, valid or an error."""
+    notebook = nbformat.read(file, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def refresh(file: Path) -> None:
+    """Run a notebook in place of its own outputs; an error leaves the file as it was."""
+    notebook = read(file)
+    NotebookClient(
+        notebook,
+        resources={"metadata": {"path": str(file.parent)}},
+        record_timing=False,
+        store_widget_state=False,
+        coalesce_streams=True,
+        timeout=1200,
+    ).execute()
+    notebook.metadata = METADATA
+    for cell in code_cells(notebook):
+        cell.outputs = [
+            output
+            for output in cell.outputs
+            if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
+        ]
+    nbformat.write(notebook, file)
+
+
+if __name__ == "__main__":
+    os.environ["BITSTACK_PRESET"] = "smoke"
+    for file in [Path(name).resolve() for name in sys.argv[1:]] or sorted(FOLDER.glob("*.ipynb")):
+        refresh(file)

@@ -1,4 +1,4 @@
-"""Command line: ``python -m bitstack_nb run | ablation | stronger``; each has ``--help``."""
+"""Command line: ``python -m bitstack_nb run | ablation | stronger | figures``, each with --help."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import torch
 
 from bitstack_nb.benchmark import run
 from bitstack_nb.protocol import PRESETS, STRATEGIES, Protocol
-from bitstack_nb.results import Result, format_table, table
+from bitstack_nb.results import Result, format_table, load_results, table
 from bitstack_nb.sampling import SAMPLINGS
 from bitstack_nb.stack import BUDGETS
 from bitstack_nb.tasks import AG_NEWS_BINARY, EVALUATIONS, FIVE_TASKS, find_task
 
 ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)
+RECORDED = (Path("results/minilm-l6"), Path("results/minilm-l6-ablation"))
 SYNTHETIC = (
     "Data: embedded, synthetic. These numbers show that the machinery works, not how well the "
     "method does on real text (README.md, Results)."
@@ -36,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quiet:
         datasets.disable_progress_bars()
     try:
-        protocols = options.protocols(options)
-        done = [_run(protocol, options) for protocol in protocols]
-        _report(done, options.output)
+        options.command(options)
     except (ValueError, OSError) as error:
         logging.getLogger(__name__).debug("in full:", exc_info=True)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -53,6 +52,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped: the same command goes on behind the last finished task", file=sys.stderr)
         return 130
     return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    protocols = options.protocols(options)
+    done = [_run(protocol, options) for protocol in protocols]
+    _report(done, options.output)
+
+
+def _figures(options: argparse.Namespace) -> None:
+    from bitstack_nb.figures import write_figures  # loads matplotlib
+
+    recorded = [RECORDED[0], *(folder for folder in RECORDED[1:] if folder.is_dir())]
+    files, left_out = write_figures(load_results(*(options.results or recorded)), options.output)
+    for file in files:
+        print(file)
+    for name, why in left_out.items():
+        print(f"no {name}: {why}")
 
 
 def _run(protocol: Protocol, options: argparse.Namespace) -> Result:
@@ -133,7 +149,19 @@ def _parser() -> argparse.ArgumentParser:
         model="distilbert-base-uncased",
         tasks=None,
     )
+    _add_figures(commands)
     return parser
+
+
+def _add_figures(commands: argparse._SubParsersAction) -> None:
+    what = "draw recorded results as PNG files"
+    parser = commands.add_parser("figures", help=what, description=what)
+    folders = " and ".join(map(str, RECORDED))
+    add = parser.add_argument
+    add("results", nargs="*", type=Path, metavar="RESULTS", help=f"files or folders; {folders}")
+    add("--output", type=Path, default=Path("results/figures"), help="results/figures if not given")
+    add("--verbose", action="store_true", help="log what happens")
+    parser.set_defaults(command=_figures, quiet=True)
 
 
 def _add_command(commands: argparse._SubParsersAction, name: str, what: str, **defaults) -> None:
@@ -166,7 +194,7 @@ def _add_command(commands: argparse._SubParsersAction, name: str, what: str, **d
     )
     add("--quiet", action="store_true", help="no progress bar")
     add("--verbose", action="store_true", help="log what happens")
-    parser.set_defaults(**defaults)
+    parser.set_defaults(command=_train, **defaults)
 
 
 def size(text: str) -> int | float:

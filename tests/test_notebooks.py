@@ -9,7 +9,7 @@ import torch
 from IPython.core.inputtransformer2 import TransformerManager
 from notebook_files import FOLDER, METADATA, WIDGET, code_cells, read
 
-from bitstack_nb.notebook import describe, missing_packages
+from bitstack_nb.notebook import describe, to_install
 from bitstack_nb.protocol import PRESETS, default_preset
 
 PROJECT = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
@@ -130,4 +130,4 @@ def test_unknown_preset_names_the_known_ones(monkeypatch):
 
 
 def test_nothing_is_missing_here():
-    assert missing_packages() == []
+    assert to_install() == ""

@@ -1,0 +1,78 @@
+"""All figures of some results as PNG files: what ``python -m bitstack_nb figures`` writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from bitstack_nb import lock_plots, plots
+from bitstack_nb.files import replacing
+from bitstack_nb.plot_style import Figure, grouped, png
+from bitstack_nb.protocol import Protocol
+from bitstack_nb.results import Result, ResultError
+
+FILE_DPI = 130
+
+
+def write_figures(
+    results: list[Result], folder: str | os.PathLike[str]
+) -> tuple[list[Path], dict[str, str]]:
+    """Write every figure that ``results`` allow to ``folder``, each whole or not at all.
+
+    All are drawn before the first is written.
+
+    Returns:
+        The files, and by name why a figure was not drawn.
+
+    Raises:
+        ResultError: none can be drawn, or the results contradict each other.
+        OSError: a file cannot be written; it is named.
+    """
+    grouped(results)  # what is wrong with the results as a whole is an error, and not a figure less
+    pictures: dict[str, bytes] = {}
+    left_out: dict[str, str] = {}
+    for name, draw in _figures(results):
+        try:
+            pictures[name] = png(draw(), dpi=FILE_DPI)
+        except ResultError as error:
+            left_out[name] = str(error)
+    if not pictures:
+        raise ResultError("; ".join(f"no figure {name}: {why}" for name, why in left_out.items()))
+    files = []
+    for name, picture in pictures.items():
+        files.append(Path(folder) / f"{name}.png")
+        try:
+            with replacing(files[-1]) as temporary:
+                temporary.write_bytes(picture)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot write the figure ({error.strerror})", str(files[-1])
+            ) from error
+    return files, left_out
+
+
+def _figures(results: list[Result]) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    for draw in (
+        plots.comparison,
+        plots.paired_differences,
+        plots.forgetting_per_task,
+        plots.accuracy_matrices,
+        lock_plots.ablation,
+        lock_plots.capacity,
+    ):
+        yield draw.__name__, partial(draw, results)
+    for name, result in _examples(results).items():
+        yield f"lock_heatmaps_{name}", partial(lock_plots.lock_heatmaps, result)
+
+
+def _examples(results: list[Result]) -> dict[str, Result]:
+    """A run per strategy and budget that locks: the sparsity nearest the default, first seed."""
+    locking = [g for g in grouped(results) if g.settings["sparsity"] and g.results[0].locks]
+    locking.sort(key=lambda g: abs(g.settings["sparsity"] - Protocol.sparsity))
+    found: dict[str, Result] = {}
+    for group in locking:
+        method = (group.settings["strategy"], group.settings["budget"])
+        found.setdefault("_".join(filter(None, method)), group.results[0])
+    return dict(sorted(found.items()))

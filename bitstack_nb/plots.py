@@ -1,0 +1,235 @@
+"""Figures of results: accuracy, forgetting, comparison. Each function returns a Figure.
+
+Means over seeds come with 95 % Student intervals (``metrics.mean_interval``). What is locked where
+is drawn by ``lock_plots``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from bitstack_nb.metrics import accuracy_matrix, mean_interval
+from bitstack_nb.metrics import forgetting_per_task as points_lost
+from bitstack_nb.plot_style import (
+    GREY,
+    Figure,
+    Group,
+    counted,
+    draw_shares,
+    grouped,
+    is_published,
+    names,
+    shared_task_names,
+    styled,
+    task_names,
+    titled,
+)
+from bitstack_nb.results import COLUMNS, Result, ResultError, column_value
+
+_UNITS = {"average_accuracy": "%", "learning_accuracy": "%", "forgetting": "points"}
+_INTERVALS = "mean and 95 % Student interval over n seeds; small dots: single seeds"
+
+
+@styled
+def accuracy_matrices(results: Iterable[Result]) -> Figure:
+    """The accuracy on each task after each training task, in %: a panel per configuration.
+
+    Averaged over seeds; blank where a run did not measure. Configurations without a matrix
+    (published ones) are left out; raises ResultError if that leaves none.
+    """
+    groups = [g for g in grouped(results) if all(r.matrix is not None for r in g.results)]
+    if not groups:
+        raise ResultError("no result has an accuracy matrix: give measured ones")
+    columns = min(3, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    figure = Figure(1.2 + 2.8 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    tasks = [shared_task_names(group.results) for group in groups]
+    for at, (group, ax) in enumerate(zip(groups, axes, strict=False)):
+        mean = np.mean([accuracy_matrix(r.matrix) for r in group.results], axis=0)
+        # Not where the panel to the left, or the one below, has the same.
+        left = at % columns == 0 or tasks[at - 1] != tasks[at]
+        below = tasks[at] not in tasks[at + columns : at + columns + 1]
+        draw_shares(
+            ax, mean, rows=tasks[at] if left else None, columns=tasks[at] if below else None
+        )
+        ax.tick_params("x", rotation=45)
+        ax.set_title(counted(group.label, [len(group.results)]))
+        ax.set_ylabel("after training" if at % columns == 0 else "")
+        ax.set_xlabel("accuracy on" if at + columns >= len(groups) else "")
+    for ax in axes[len(groups) :]:
+        ax.remove()
+    drawn = axes[: len(groups)]
+    bar = figure.colorbar(drawn[0].collections[0], ax=drawn.tolist(), shrink=0.6, aspect=30)
+    bar.set_label("accuracy (%)")
+    members = [r for group in groups for r in group.results]
+    figure.suptitle(titled("Accuracy on every task after every task, mean over n seeds", members))
+    return figure
+
+
+@styled
+def forgetting_per_task(results: Iterable[Result]) -> Figure:
+    """Points lost on each task between learning it and the end: a panel per task.
+
+    Tasks in training order, without the last, which nothing follows. Configurations that do not
+    measure it (joint training, published ones) are left out; raises ResultError if that leaves
+    none.
+    """
+    groups = grouped(results)
+    tasks = dict.fromkeys(
+        name
+        for group in groups
+        for result in group.results
+        if result.matrix is not None
+        for name in task_names(result)[:-1]
+    )
+    panels = [
+        _Panel(name, "points lost", [_numbers(g.results, _lost_on(name)) for g in groups])
+        for name in tasks
+    ]
+    title = "Forgetting per task: accuracy after learning it − after the last task"
+    return _dots(title, groups, panels, zero=True, same_scale=True)
+
+
+@styled
+def comparison(results: Iterable[Result]) -> Figure:
+    """Average accuracy, learning accuracy and forgetting of every configuration.
+
+    Published numbers are grey diamonds. Raises ResultError where no result has any of the three.
+    """
+    groups = grouped(results)
+    panels = [
+        _Panel(COLUMNS[name], unit, [_numbers(g.results, metric(name)) for g in groups])
+        for name, unit in _UNITS.items()
+    ]
+    return _dots("Accuracy and forgetting after all tasks", groups, panels)
+
+
+@styled
+def paired_differences(results: Iterable[Result], baseline: str = "finetune") -> Figure:
+    """Every configuration less the baseline strategy, seed by seed, in points.
+
+    A pair is two runs whose protocols agree in everything that the baseline's says but the
+    strategy: seed, tasks, data, learning rate, ... Raises ResultError where there is no pair.
+    """
+    results = list(results)
+    groups = [g for g in grouped(results) if g.settings["strategy"] != baseline]
+    panels = []
+    for name in _UNITS:
+        values = [
+            _numbers(g.results, lambda r, name=name: _difference(r, results, baseline, name))
+            for g in groups
+        ]
+        better = "lower" if name == "forgetting" else "higher"
+        panels.append(_Panel(COLUMNS[name], f"difference (points)\n{better} is better", values))
+    if not any(values for panel in panels for values in panel.values):
+        raise ResultError(
+            f"nothing to pair: no run of {baseline!r} has the seed, tasks and settings of another "
+            "strategy's run"
+        )
+    what = names([{"strategy": baseline, "budget": None}])[0]
+    return _dots(f"Difference to {what}, the same seeds paired", groups, panels, zero=True)
+
+
+def partner(result: Result, results: list[Result], strategy: str) -> Result | None:
+    """The run of ``strategy`` that agrees with ``result`` in all its settings, seed included."""
+    for other in results:
+        own = {k: v for k, v in other.protocol.items() if k != "strategy" and v is not None}
+        if (
+            other.protocol["strategy"] == strategy
+            and is_published(other) == is_published(result)
+            and all(result.protocol.get(name) == value for name, value in own.items())
+        ):
+            return other
+    return None
+
+
+def _difference(result: Result, results: list[Result], baseline: str, name: str) -> float | None:
+    other = partner(result, results, baseline)
+    pair = [None if run is None else column_value(run, name) for run in (result, other)]
+    return None if None in pair else pair[0] - pair[1]
+
+
+# Dots: a row per configuration, a panel per quantity ----------------------------------------------
+
+
+class _Panel(NamedTuple):
+    title: str
+    unit: str
+    values: list[list[float]]  # per group, per seed; empty where not measured
+
+
+def _dots(
+    title: str,
+    groups: list[Group],
+    panels: list[_Panel],
+    *,
+    zero: bool = False,
+    same_scale: bool = False,
+) -> Figure:
+    kept = [at for at in range(len(groups)) if any(panel.values[at] for panel in panels)]
+    if not kept:
+        raise ResultError(f"no result has what is drawn here ({title})")
+    labels = []
+    for at in kept:
+        seeds = [len(panel.values[at]) for panel in panels if panel.values[at]]
+        labels.append(counted(groups[at].label, seeds))
+    lines = sum(label.count("\n") + 1.6 for label in labels)
+    figure = Figure(1.5 + 0.16 * lines)
+    axes = figure.subplots(1, len(panels), sharex=same_scale, sharey=True, squeeze=False)[0]
+    for ax, panel in zip(axes, panels, strict=True):
+        for row, at in enumerate(kept):
+            if panel.values[at]:
+                _draw_dots(ax, row, groups[at], panel.values[at])
+        if zero:
+            ax.axvline(0, color=GREY, linewidth=1)
+        ax.set_title(panel.title)
+        ax.set_xlabel(panel.unit)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+        ax.grid(visible=False, axis="y")
+    axes[0].set_yticks(range(len(kept)), labels)
+    axes[0].set_ylim(len(kept) - 0.4, -0.6)
+    figure.suptitle(titled(title, (r for at in kept for r in groups[at].results)))
+    figure.supxlabel(_INTERVALS, fontsize=9, color=GREY)
+    return figure
+
+
+def _draw_dots(ax: Axes, row: int, group: Group, values: list[float]) -> None:
+    mean, half = mean_interval(values)
+    ax.errorbar(
+        [mean],
+        [row],
+        xerr=None if half is None else [half],
+        fmt=group.marker,
+        color=group.colour,
+        markerfacecolor="white" if group.marker == "D" else group.colour,
+        markersize=7,
+        capsize=4,
+    )
+    if half is not None:
+        ax.plot(values, [row + 0.25] * len(values), "o", color=group.colour, ms=4, mfc="none")
+
+
+def _numbers(results: list[Result], value: Callable[[Result], float | None]) -> list[float]:
+    return [number for result in results if (number := value(result)) is not None]
+
+
+def metric(name: str) -> Callable[[Result], float | None]:
+    return lambda result: column_value(result, name)
+
+
+def _lost_on(task: str) -> Callable[[Result], float | None]:
+    def lost(result: Result) -> float | None:
+        order = task_names(result)[:-1]
+        if result.matrix is None or task not in order:
+            return None
+        points = float(points_lost(result.matrix)[order.index(task)])
+        return None if math.isnan(points) else points
+
+    return lost

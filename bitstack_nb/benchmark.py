@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from bitstack_nb import metrics
-from bitstack_nb.backbones import collate, encode, load_backbone
 from bitstack_nb.heads import Heads
+from bitstack_nb.inputs import load_inputs
 from bitstack_nb.protocol import Protocol
 from bitstack_nb.provenance import provenance
 from bitstack_nb.results import Result
 from bitstack_nb.rng import undisturbed_rng
 from bitstack_nb.storage import MaskFileError
 from bitstack_nb.strategies import STRATEGIES
-from bitstack_nb.tasks import load_task
 from bitstack_nb.training import (
     MultiHead,
     ProgressBar,
@@ -80,6 +78,20 @@ def run(
     return result
 
 
+def finished_stages(protocol: Protocol, output: str | os.PathLike[str]) -> int:
+    """Stages that ``run`` would not repeat: all of a finished run, those a broken one saved."""
+    path = Path(output) / f"{protocol.name}.json"
+    if path.exists():
+        return len(STRATEGIES[protocol.strategy].stages(len(protocol.tasks)))
+    return _newest_stage(path.with_suffix(".state"))
+
+
+def _newest_stage(state: Path) -> int:
+    # A stage that was being written when the run was killed still ends in .tmp.
+    numbers = [folder.name.removeprefix("stage-") for folder in state.glob("stage-*")]
+    return max((int(number) for number in numbers if number.isdigit()), default=0)
+
+
 class _Sequence:
     """One run in progress: the loaded pieces, and the numbers that go into the result."""
 
@@ -89,25 +101,10 @@ class _Sequence:
         self.protocol, self.device, self.state = protocol, device, state
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.tasks = [
-            load_task(
-                task,
-                protocol.data,
-                train_size=protocol.train_size,
-                test_size=protocol.test_size,
-                seed=protocol.seed,
-                sampling=protocol.sampling,
-                evaluate_on=protocol.evaluate_on,
-            )
-            for task in protocol.tasks
-        ]
-        self.backbone = load_backbone(
-            protocol.model, max_length=protocol.max_length, seed=protocol.seed
-        )
-        self.model = self.backbone.model.to(device)
-        self.collate = collate(self.backbone)
-        self.train_data = [encode(t.train, self.backbone) for t in self.tasks]
-        self.test_data = [encode(t.test, self.backbone) for t in self.tasks]
+        self.inputs = load_inputs(protocol, device)
+        self.tasks, self.backbone = self.inputs.tasks, self.inputs.backbone
+        self.model, self.collate = self.backbone.model, self.inputs.collate
+        self.train_data, self.test_data = self.inputs.train, self.inputs.test
         self.heads = Heads(self.model, seed=protocol.seed)
         for task in protocol.tasks:
             self.heads.add(task.name, task.num_labels)
@@ -202,12 +199,11 @@ class _Sequence:
         return 1000 * self.protocol.seed + number
 
     def _batches(self, done: int) -> int:
-        size, epochs = self.protocol.batch_size, self.protocol.epochs
-        total = 0
-        for stage in self.stages[done:]:
-            total += ceil(epochs * ceil(sum(len(self.train_data[t]) for t in stage) / size))
-            total += sum(ceil(len(t) / (4 * size)) for t in self.test_data[: stage[-1] + 1])
-        return total
+        return sum(
+            self.inputs.training_batches(stage, self.protocol)
+            + self.inputs.evaluation_batches(stage[-1], self.protocol)
+            for stage in self.stages[done:]
+        )
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -246,9 +242,7 @@ class _Sequence:
         shutil.rmtree(self.state / f"stage-{stages_done - 1}", ignore_errors=True)
 
     def _resume(self) -> None:
-        # A stage that was being written when the run was killed still ends in .tmp.
-        numbers = [f.name.removeprefix("stage-") for f in self.state.glob("stage-*")]
-        done = max((int(number) for number in numbers if number.isdigit()), default=0)
+        done = _newest_stage(self.state)
         if not done:
             return
         folder = self.state / f"stage-{done}"

@@ -105,7 +105,7 @@ def _trainer(
     seed: int,
     callbacks: Sequence[TrainerCallback],
 ) -> Iterator[Trainer]:
-    half = _half_precision(device)
+    half = half_precision(device)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -153,7 +153,8 @@ def _classes(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
-def _half_precision(device: torch.device) -> str | None:
+def half_precision(device: torch.device) -> str | None:
+    """The autocast type that training uses on a device: ``bf16``, ``fp16`` or None."""
     if device.type != "cuda":
         return None
     # A T4 emulates bf16, slowly; fp16 is what its tensor cores do.

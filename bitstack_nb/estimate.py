@@ -1,0 +1,127 @@
+"""How long runs will take here: a few batches timed, times what the protocols ask for."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from bitstack_nb.benchmark import finished_stages
+from bitstack_nb.inputs import Inputs, load_inputs
+from bitstack_nb.protocol import Protocol
+from bitstack_nb.rng import undisturbed_rng
+from bitstack_nb.strategies import STRATEGIES
+from bitstack_nb.training import find_device, half_precision
+
+
+def estimate(
+    protocols: Sequence[Protocol],
+    *,
+    output: str | os.PathLike[str] = "results/runs",
+    device: str = "auto",
+) -> float:
+    """Seconds that :func:`bitstack_nb.run` of these protocols will take here, roughly.
+
+    Finished runs cost nothing, broken ones only what is left of them. A few batches of the first
+    unfinished protocol are timed, in its precision, and stand for all: the protocols should agree
+    in model, data and sizes. Downloads and loading are left out; both have happened when the
+    estimate is there.
+
+    Raises:
+        ValueError: as ``run`` does.
+    """
+    left = [
+        (protocol, stages)
+        for protocol in protocols
+        if (stages := _stages_left(protocol, Path(output)))
+    ]
+    if not left:
+        return 0.0
+    found = find_device(device)
+    inputs = load_inputs(left[0][0], found)
+    with undisturbed_rng(found):
+        step, forward, measure = _seconds(inputs, left[0][0], found)
+    total = 0.0
+    for protocol, stages in left:
+        for stage in stages:
+            total += step * inputs.training_batches(stage, protocol)
+            total += forward * inputs.evaluation_batches(stage[-1], protocol)
+            total += measure * (protocol.n_batches or 0)
+    return total
+
+
+def _stages_left(protocol: Protocol, output: Path) -> list[list[int]]:
+    stages = STRATEGIES[protocol.strategy].stages(len(protocol.tasks))
+    return stages[finished_stages(protocol, output) :]
+
+
+def _seconds(
+    inputs: Inputs, protocol: Protocol, device: torch.device
+) -> tuple[float, float, float]:
+    """Seconds of one training step, one evaluation batch, one batch of measuring importance."""
+    model, size = inputs.backbone.model, protocol.batch_size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    half = half_precision(device)
+    autocast = {"device_type": device.type, "enabled": half is not None}
+    if half is not None:
+        autocast["dtype"] = {"bf16": torch.bfloat16, "fp16": torch.float16}[half]
+
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        with torch.autocast(**autocast):
+            loss = _loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def forward(batch: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad(), torch.autocast(**autocast):
+            _loss(model, batch)
+
+    def measure(batch: dict[str, torch.Tensor]) -> None:
+        torch.autograd.grad(_loss(model, batch), list(model.parameters()), allow_unused=True)
+
+    training = _typical_batches(inputs, inputs.train, size, device)
+    evaluation = _typical_batches(inputs, inputs.test, 4 * size, device)
+    return _timed(step, training), _timed(forward, evaluation), _timed(measure, training)
+
+
+def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    # The labels are another task's than the head's: any class costs the same time.
+    labels = batch["labels"] % model.config.num_labels
+    return model(**{**batch, "labels": labels}).loss
+
+
+def _typical_batches(
+    inputs: Inputs, data: list[Dataset], size: int, device: torch.device
+) -> list[dict[str, torch.Tensor]]:
+    """A batch of every task, of the texts of median length."""
+    batches = []
+    for rows in data:
+        middle = sorted(range(len(rows)), key=rows["length"][:].__getitem__)
+        start = max(0, (len(middle) - size) // 2)
+        batch = inputs.collate(rows.select(middle[start : start + size]).to_list())
+        batches.append({name: tensor.to(device) for name, tensor in batch.items()})
+    return batches
+
+
+def _timed(
+    work: Callable[[dict[str, torch.Tensor]], None], batches: list[dict[str, torch.Tensor]]
+) -> float:
+    """Mean seconds of a batch; once before the clock starts, which warms up."""
+    device = batches[0]["labels"].device
+    work(batches[0])
+    start = _now(device)
+    for batch in batches:
+        work(batch)
+    return (_now(device) - start) / len(batches)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

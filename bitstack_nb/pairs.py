@@ -1,0 +1,125 @@
+"""Two strategies on the same seeds: differences run by run, with intervals and a verdict in words.
+
+Seeds differ more than strategies do (they draw the samples), so a strategy is compared with the
+baseline seed by seed and the differences are averaged, not the two averages subtracted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bitstack_nb.metrics import mean_interval
+from bitstack_nb.results import Result, ResultError, column_value, configurations
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Column -> whether more of it is better.
+METRICS = {"average_accuracy": True, "learning_accuracy": True, "forgetting": False}
+
+
+def partner(result: Result, results: Iterable[Result], strategy: str) -> Result | None:
+    """The run of ``strategy`` that agrees with ``result`` in all settings that both have.
+
+    Seed, order of the tasks, data and model included; None if there is no such run.
+    """
+    for other in results:
+        own = {k: v for k, v in other.protocol.items() if k != "strategy" and v is not None}
+        if (
+            other.protocol["strategy"] == strategy
+            and other.provenance.get("published") == result.provenance.get("published")
+            and all(result.protocol.get(name) == value for name, value in own.items())
+        ):
+            return other
+    return None
+
+
+def difference(
+    result: Result, results: Iterable[Result], column: str, *, baseline: str
+) -> float | None:
+    """A run less its partner of the baseline strategy, in points; None where either is missing."""
+    other = partner(result, results, baseline)
+    pair = [None if run is None else column_value(run, column) for run in (result, other)]
+    return None if None in pair else pair[0] - pair[1]
+
+
+def paired_table(results: Iterable[Result], baseline: str = "finetune") -> pd.DataFrame:
+    """One row per configuration with partners: its differences to the baseline, seed by seed.
+
+    Columns: what ``results.configurations`` shows; ``seeds`` (pairs); then each of METRICS in
+    points and, as ``<column>_interval``, the half width of the 95 % Student interval, NaN for one
+    pair. ``results.format_table`` prints it.
+
+    Raises:
+        ResultError: no run has a partner.
+    """
+    import pandas as pd
+
+    results = list(results)
+    rows = []
+    for item in configurations(results):
+        row = {}
+        for column in METRICS:
+            own = (difference(r, results, column, baseline=baseline) for r in item.results)
+            values = [value for value in own if value is not None]
+            mean, half = mean_interval(values) if values else (math.nan, None)
+            row |= {column: mean, f"{column}_interval": math.nan if half is None else half}
+            pairs = len(values)
+        if pairs and item.shown["strategy"] != baseline:
+            rows.append(item.shown | {"seeds": pairs} | row)
+    if not rows:
+        raise ResultError(
+            f"nothing to pair: no run of {baseline!r} has the seed, tasks and settings of another "
+            "strategy's run"
+        )
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What paired seeds say about one strategy and one metric.
+
+    Attributes:
+        better: whether the mean difference favours the strategy over the baseline.
+        settled: whether the 95 % interval excludes zero; False with one pair.
+        text: both in a sentence.
+    """
+
+    better: bool
+    settled: bool
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def verdict(
+    results: Iterable[Result], column: str = "forgetting", *, baseline: str = "finetune"
+) -> Verdict:
+    """Judge the one strategy in ``results`` that is not the baseline.
+
+    Raises:
+        ResultError: there is no pair, or more than one configuration to judge.
+    """
+    frame = paired_table(results, baseline)
+    if len(frame) > 1:
+        raise ResultError(
+            f"a verdict is about one configuration, got {len(frame)}: choose, or use paired_table"
+        )
+    row = frame.iloc[0]
+    mean, half, pairs = row[column], row[f"{column}_interval"], int(row["seeds"])
+    better = bool(mean > 0) == METRICS[column] and mean != 0
+    settled = bool(abs(mean) > half)  # NaN, of one pair, settles nothing
+    certainty = "the 95 % interval excludes zero" if settled else "not settled: "
+    if not settled:
+        certainty += "one seed has no interval" if pairs == 1 else "the 95 % interval includes zero"
+    number = f"{mean:+.1f}" if math.isnan(half) else f"{mean:+.1f} ± {half:.1f}"
+    return Verdict(
+        better,
+        settled,
+        f"{column.replace('_', ' ')}, {row['strategy']} minus {baseline}: {number} points over "
+        f"{pairs} paired seed{'s' if pairs > 1 else ''} ({certainty})",
+    )

@@ -75,7 +75,8 @@ class Explorer(widgets.VBox):
             options=BUDGETS, description="budget", layout=widgets.Layout(width="180px")
         )
         self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
-        self.numbers = widgets.HTML(layout=widgets.Layout(margin="0 0 0 16px"))
+        # Beside the picture where there is room, else below it.
+        self.numbers = widgets.HTML(layout=widgets.Layout(flex="1 1 380px", margin="0 0 0 16px"))
         self._show(view)
         self.sparsity.value = min(round(view.sparsity, 2), SPARSITIES[-1])
         self.budget.value = view.budget
@@ -165,5 +166,5 @@ class RetrainingPanel(widgets.VBox):
         self._explorer.show(LockView.of_result(result))
         self.message.value = (
             f"{self._settings}, seed {result.protocol['seed']}, synthetic texts: average accuracy "
-            f"{average:.1f} %{forgot}. Shown above: what this run's importance would lock."
+            f"{average:.1f}%{forgot}. Shown above: what this run's importance would lock."
         )

@@ -110,7 +110,7 @@ class LockView:
             recorder.curves(),
             ("the next task",),
             stats["total"],
-            f"a live stack, {stats['frozen_pct']:.1f} % of the eligible entries locked so far",
+            f"a live stack, {stats['frozen_pct']:.1f}% of the eligible entries locked so far",
             stack.settings["sparsity"],
             stack.settings["budget"],
         )
@@ -212,7 +212,7 @@ def _overlap(overlap: np.ndarray, at: int, task: int) -> str:
 
 
 def _percent(count: int, of: int) -> str:
-    return f"{100 * count / of:.1f} %"
+    return f"{count / of:.1%}"
 
 
 def _row(cells: list[str], *, cell: str = "td", left: int = 1, bold: bool = False) -> str:

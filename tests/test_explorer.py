@@ -81,10 +81,10 @@ def test_the_slider_redraws_picture_and_numbers(explorer, view):
     explorer.sparsity.value = 0.4
     assert explorer.image.value != before[0]
     numbers = view.numbers(0.4, budget="union")
-    assert f"{100 * numbers.locked[-1] / numbers.eligible:.1f} % of the eligible entries" in (
+    assert f"{100 * numbers.locked[-1] / numbers.eligible:.1f}% of the eligible entries" in (
         explorer.numbers.value
     )
-    assert f"{100 * numbers.locked[-1] / numbers.total:.1f} % of all" in explorer.numbers.value
+    assert f"{100 * numbers.locked[-1] / numbers.total:.1f}% of all" in explorer.numbers.value
     explorer.sparsity.value = 0.12
     assert (explorer.image.value, explorer.numbers.value) == before
 
@@ -169,7 +169,7 @@ def test_a_recorded_run_opens_at_what_it_locked(recorded):
     stats = recorded.lock_stats[-1]
     shown = LockView.of_result(recorded).numbers(0.12, budget="fresh")
     assert 100 * shown.locked[-1] / shown.eligible == pytest.approx(stats["frozen_pct"], abs=0.1)
-    assert f"{stats['locked_pct']:.1f} % of all" in explorer.numbers.value
+    assert f"{stats['locked_pct']:.1f}% of all" in explorer.numbers.value
     assert [label for label, _ in explorer.task.options[1:]] == ["imdb", "ag_news"]
     assert "synthetic" in explorer.numbers.value
 
@@ -189,7 +189,7 @@ def test_a_live_stack_shows_its_next_update_and_stays_as_it_is():
     assert all(torch.equal(b, before["bits"][n]) for n, b in stack.state_dict()["bits"].items())
     assert model.training is True or all(p.grad is None for p in model.parameters())
     after = twin.update(LOADERS[1])
-    assert f"{after['frozen_pct']:.1f} % of the eligible entries" in explorer.numbers.value
+    assert f"{after['frozen_pct']:.1f}% of the eligible entries" in explorer.numbers.value
     assert explorer.retraining is None
 
 
@@ -245,7 +245,7 @@ def test_retraining_is_stopped_and_goes_on_to_the_result_of_an_unbroken_run(
     panel.start.click()
     assert panel.run.wait(120)
     (result,) = load_results(tmp_path / "runs")
-    accuracy = f"{result.metrics['average_accuracy']:.1f} %"
+    accuracy = f"{result.metrics['average_accuracy']:.1f}%"
     assert accuracy in panel.message.value
     assert "forgetting" in panel.message.value
     expected = view_text(result)

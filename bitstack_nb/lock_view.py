@@ -170,9 +170,12 @@ class LockView:
             ),
         ]
         rows = "".join(_row([f"<i>{name}</i>", text], left=2) for name, text in lines)
+        note = escape(self.source) + "."
+        if len(self.tasks) > 1:
+            note += " Overlap: entries shared of those united, of choices with the masks lifted."
         return (
             f'<div style="line-height:1.35">{_table(rows)}{self._task_table(numbers, task)}'
-            f'<div style="opacity:.75;font-size:90%">{escape(self.source)}.</div></div>'
+            f'<div style="opacity:.75;font-size:90%">{note}</div></div>'
         )
 
     def _task_table(self, numbers: Numbers, task: int) -> str:

@@ -1,12 +1,17 @@
 """Notebooks under nbval: on the preset smoke, and what is not compared where output is checked."""
 
 import os
+import tempfile
 
 import pytest
 
 
-def pytest_configure() -> None:
-    os.environ["BITSTACK_PRESET"] = "smoke"  # the kernels inherit it
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["BITSTACK_PRESET"] = "smoke"  # the kernels inherit both
+    # Empty each time: a finished run is read, not repeated, and would hide what has broken since.
+    runs = tempfile.TemporaryDirectory()
+    os.environ["BITSTACK_OUTPUT"] = runs.name
+    config.add_cleanup(runs.cleanup)
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:

@@ -14,9 +14,10 @@ import torch
 
 from bitstack_nb.benchmark import run
 from bitstack_nb.protocol import PRESETS, STRATEGIES, Protocol
-from bitstack_nb.results import Result, format_table, load_results, table
+from bitstack_nb.results import Result, load_results
 from bitstack_nb.sampling import SAMPLINGS
 from bitstack_nb.stack import BUDGETS
+from bitstack_nb.tables import format_table, table
 from bitstack_nb.tasks import AG_NEWS_BINARY, EVALUATIONS, FIVE_TASKS, find_task
 
 ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)

@@ -95,11 +95,14 @@ class LockCurves:
         return np.divide(shared, united, out=np.zeros_like(shared), where=united > 0)
 
     def to_record(self) -> dict[str, Any]:
-        """JSON-able; shares in thousandths, so off by at most 0.05 points (``shared`` exactly)."""
+        """JSON-able; shares in thousandths, so off by at most 0.05 points (``shared`` exactly).
+
+        A curve is text, the steps from level to level: it rises, and steps are short to write.
+        """
         rows = [
             {"layer": layer, "module": module, "eligible": eligible, "task": task + 1}
-            | {"selected": _thousandths(self.selected[task, cell])}
-            | {budget: _thousandths(share[task, cell]) for budget, share in self.locked.items()}
+            | {"selected": _steps(self.selected[task, cell])}
+            | {budget: _steps(share[task, cell]) for budget, share in self.locked.items()}
             for task in range(len(self.selected))
             for cell, (layer, module, eligible) in enumerate(self.cells)
         ]
@@ -129,7 +132,7 @@ class LockCurves:
             cells = [(row["layer"], row["module"], row["eligible"]) for row in rows]
             shape = (tasks, len(rows) // tasks, len(record["sparsities"]))
             curves = {
-                name: np.array([row[name] for row in rows], dtype=np.float64).reshape(shape) / 1000
+                name: np.reshape([_from_steps(row[name]) for row in rows], shape)
                 for name in ("selected", "union", "fresh")
             }
             shared = np.zeros((tasks, tasks, shape[-1]))
@@ -137,7 +140,7 @@ class LockCurves:
             for pair in record["shared"]:
                 first, second = (number - 1 for number in pair["tasks"])
                 shared[first, second] = shared[second, first] = np.array(pair["entries"]) / total
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ValueError(f"recorded importance is damaged ({error!r}): run it again") from error
         return cls(
             tuple(record["sparsities"]),
@@ -282,5 +285,9 @@ def _cumulative(levels: torch.Tensor) -> np.ndarray:
     return counts[: len(SPARSITIES)].cumsum(0).numpy()
 
 
-def _thousandths(shares: np.ndarray) -> list[int]:
-    return np.rint(1000 * shares).astype(int).tolist()
+def _steps(shares: np.ndarray) -> str:
+    return " ".join(map(str, np.diff(np.rint(1000 * shares).astype(int), prepend=0)))
+
+
+def _from_steps(text: str) -> np.ndarray:
+    return np.cumsum([int(step) for step in text.split()]) / 1000

@@ -13,10 +13,14 @@ from torch import nn
 
 from bitstack_nb.benchmark import finished_stages
 from bitstack_nb.inputs import Inputs, load_inputs
+from bitstack_nb.plain_json import canonical
 from bitstack_nb.protocol import Protocol
 from bitstack_nb.rng import undisturbed_rng
 from bitstack_nb.strategies import STRATEGIES
 from bitstack_nb.training import find_device, half_precision
+
+# What decides how long a batch takes, and how many there are.
+_SHAPE = ("model", "data", "max_length", "batch_size", "train_size", "test_size", "evaluate_on")
 
 
 def estimate(
@@ -27,25 +31,27 @@ def estimate(
 ) -> float:
     """Seconds that :func:`bitstack_nb.run` of these protocols will take here, roughly.
 
-    Finished runs cost nothing, broken ones only what is left of them. A few batches of the first
-    unfinished protocol are timed, in its precision, and stand for all: the protocols should agree
-    in model, data and sizes. Downloads and loading are left out; both have happened when the
-    estimate is there.
+    Finished runs cost nothing, broken ones only what is left of them. For each model and shape of
+    batch a few batches are timed, of the first seed, in the precision of training. Downloads are
+    left out; they have happened when the estimate is there.
 
     Raises:
         ValueError: as ``run`` does.
     """
-    left = [
-        (protocol, stages)
-        for protocol in protocols
-        if (stages := _stages_left(protocol, Path(output)))
-    ]
-    if not left:
-        return 0.0
     found = find_device(device)
-    inputs = load_inputs(left[0][0], found)
-    with undisturbed_rng(found):
-        step, forward, measure = _seconds(inputs, left[0][0], found)
+    alike: dict[str, list[tuple[Protocol, list[list[int]]]]] = {}
+    for protocol in protocols:
+        if stages := _stages_left(protocol, Path(output)):
+            shape = canonical([getattr(protocol, name) for name in _SHAPE])
+            alike.setdefault(shape, []).append((protocol, stages))
+    return sum(_total(left, found) for left in alike.values())
+
+
+def _total(left: list[tuple[Protocol, list[list[int]]]], device: torch.device) -> float:
+    """Seconds of the stages left of protocols that share a model and the shape of its batches."""
+    inputs = load_inputs(left[0][0], device)
+    with undisturbed_rng(device):
+        step, forward, measure = _seconds(inputs, left[0][0], device)
     total = 0.0
     for protocol, stages in left:
         for stage in stages:

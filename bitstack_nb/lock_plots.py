@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
 from bitstack_nb.metrics import mean_interval
+from bitstack_nb.pairs import partner
 from bitstack_nb.plot_style import (
     GREY,
     SHARES,
@@ -25,10 +27,11 @@ from bitstack_nb.plot_style import (
     task_names,
     titled,
 )
-from bitstack_nb.plots import metric, partner
+from bitstack_nb.plots import metric
 from bitstack_nb.results import Result, ResultError
 
 _OUTSIDE = "other"
+_LEFT = "0.95"
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -123,20 +126,19 @@ def _locked(result: Result) -> float | None:
     return result.lock_stats[-1].get("frozen_pct")
 
 
-def mask_bytes(result: Result, unit: int = 1) -> float | None:
-    """What the masks of a run and the values under them weigh, in units of ``unit`` bytes.
-
-    0 for strategies that do not lock, None where it is not known.
+def mask_bytes(result: Result) -> float | None:
+    """Bytes of a run's masks and the values under them; None where it is not known.
 
     One bit per eligible entry and 4 bytes per locked one (float32), as ``storage`` writes them;
-    names, counts per task and the bits that fill a parameter's last byte come on top.
+    names, counts per task and the bits that fill a parameter's last byte come on top. 0 for
+    strategies that do not lock.
     """
     if not result.lock_stats:
         return 0.0 if _locks_nothing(result) else None
     stats = result.lock_stats[-1]
     if not {"eligible", "locked"} <= stats.keys():
         return None
-    return (stats["eligible"] / 8 + 4 * stats["locked"]) / unit
+    return stats["eligible"] / 8 + 4 * stats["locked"]
 
 
 def _locks_nothing(result: Result) -> bool:
@@ -270,14 +272,18 @@ def capacity(locks: Iterable[Result] | pd.DataFrame) -> Figure:
     lines = sum(label.count("\n") + 1.6 for label in bars)
     figure = Figure(1.7 + 0.16 * lines)
     ax = figure.subplots()
-    notes = [_draw_bar(ax, row, np.array(seeds)) for row, seeds in enumerate(bars.values())]
+    colours = SHARES(np.linspace(0.25, 0.9, len(tasks)))
+    notes = [_draw_bar(ax, row, seeds, colours) for row, seeds in enumerate(bars.values())]
     ax.set_yticks(range(len(bars)), list(bars))
     ax.set(xlim=(0, 100), ylim=(len(bars) - 0.4, -0.6), xlabel="share of the eligible entries (%)")
     ax.grid(visible=False, axis="y")
     ax.secondary_yaxis("right").set_yticks(range(len(bars)), notes)
-    patches = [container[0] for container in ax.containers[: len(tasks) + 1]]
-    labels = [*(f"locked by {task}" for task in tasks), "left"]
-    figure.legend(patches, labels, loc="outside lower center", ncols=3, frameon=False)
+    patches = [
+        Patch(color=colour, label=f"locked by {task}")
+        for task, colour in zip(tasks, colours, strict=True)
+    ]
+    patches.append(Patch(color=_LEFT, label="left"))
+    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(titled("Capacity used by each task, and left", members))
     return figure
 
@@ -288,12 +294,13 @@ def _locked_after(table: pd.DataFrame) -> np.ndarray:
     return (100 * sums["locked"] / sums["eligible"]).to_numpy()
 
 
-def _draw_bar(ax: Axes, row: int, seeds: np.ndarray) -> str:
-    """Draw a bar from ``seeds`` [seeds, tasks] and say what it ends at."""
-    after = np.concatenate([[0.0], seeds.mean(axis=0), [100.0]])
-    colours = [*SHARES(np.linspace(0.25, 0.9, seeds.shape[1])), "0.95"]
-    for start, width, colour in zip(after, np.diff(after), colours, strict=False):
-        ax.barh([row], [width], left=[start], height=0.6, color=[colour], edgecolor="white")
-    mean, half = mean_interval(seeds[:, -1])
+def _draw_bar(ax: Axes, row: int, seeds: list[np.ndarray], colours: np.ndarray) -> str:
+    """Draw a bar of what is locked after each task, per seed, and say what it ends at."""
+    after = np.mean(seeds, axis=0)
+    starts = [0.0, *after]
+    faces = [*colours[: len(after)], _LEFT]
+    for start, end, face in zip(starts, [*after, 100.0], faces, strict=True):
+        ax.barh([row], [end - start], left=[start], height=0.6, color=[face], edgecolor="white")
+    mean, half = mean_interval([own[-1] for own in seeds])
     spread = "" if half is None else f" ± {half:.1f}"
     return f"{mean:.1f}{spread} % locked\n{100 - mean:.1f} % left"

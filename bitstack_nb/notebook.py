@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 from bitstack_nb.protocol import PRESETS, default_preset
 from bitstack_nb.provenance import provenance
 
+_ROOT = Path(__file__).resolve().parents[1]
 # Colab's own builds fit its driver and each other: pip may not replace them.
 _HELD = ("torch", "numpy")
 
@@ -48,6 +51,38 @@ def describe() -> str:
 
 def _missing_packages() -> list[str]:
     """Dependencies named in ``pyproject.toml`` that cannot be imported."""
-    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text())
     names = [re.match(r"\w+", need)[0] for need in project["project"]["dependencies"]]
     return [name for name in names if not find_spec(name)]
+
+
+def report(checks: Mapping[str, bool]) -> str:
+    """A line with PASS or FAIL per check, and one for all."""
+    lines = [f"{'PASS' if passed else 'FAIL'}  {what}" for what, passed in checks.items()]
+    failed = sum(not passed for passed in checks.values())
+    all_of_them = f"{failed} of {len(checks)} checks failed" if failed else "all checks passed"
+    return "\n".join([*lines, f"\n{'FAIL' if failed else 'PASS'}: {all_of_them}"])
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``40 s``, ``3 min``, ``1 h 20 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def default_output() -> str:
+    """Where the notebooks keep runs: ``BITSTACK_OUTPUT``, else ``results/runs`` in the checkout."""
+    return os.environ.get("BITSTACK_OUTPUT") or str(_ROOT / "results" / "runs")
+
+
+def output_folder(path: str) -> Path:
+    """The folder for results; one under ``/content/drive`` mounts Google Drive on Colab first."""
+    if path.startswith("/content/drive/") and not Path("/content/drive/MyDrive").is_dir():
+        from google.colab import drive  # only there, and asks for permission
+
+        drive.mount("/content/drive")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

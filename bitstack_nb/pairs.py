@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bitstack_nb.metrics import mean_interval
-from bitstack_nb.results import Result, ResultError, column_value, configurations
+from bitstack_nb.results import Result, ResultError
+from bitstack_nb.tables import column_value, configurations
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,9 +50,9 @@ def difference(
 def paired_table(results: Iterable[Result], baseline: str = "finetune") -> pd.DataFrame:
     """One row per configuration with partners: its differences to the baseline, seed by seed.
 
-    Columns: what ``results.configurations`` shows; ``seeds`` (pairs); then each of METRICS in
+    Columns: what ``tables.configurations`` shows; ``seeds`` (pairs); then each of METRICS in
     points and, as ``<column>_interval``, the half width of the 95 % Student interval, NaN for one
-    pair. ``results.format_table`` prints it.
+    pair. ``tables.readable`` shows it.
 
     Raises:
         ResultError: no run has a partner.
@@ -71,11 +72,16 @@ def paired_table(results: Iterable[Result], baseline: str = "finetune") -> pd.Da
         if pairs and item.shown["strategy"] != baseline:
             rows.append(item.shown | {"seeds": pairs} | row)
     if not rows:
-        raise ResultError(
-            f"nothing to pair: no run of {baseline!r} has the seed, tasks and settings of another "
-            "strategy's run"
-        )
+        raise no_pairs(baseline)
     return pd.DataFrame(rows)
+
+
+def no_pairs(baseline: str) -> ResultError:
+    """The error where results hold no pair with the baseline."""
+    return ResultError(
+        f"nothing to pair: no run of {baseline!r} has the seed, tasks and settings of another "
+        "strategy's run"
+    )
 
 
 @dataclass(frozen=True)

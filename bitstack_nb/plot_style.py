@@ -19,7 +19,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from bitstack_nb.results import Result, configurations
+from bitstack_nb.results import Result, ResultError
+from bitstack_nb.tables import configurations
 
 WIDTH = 9.0  # inches: a notebook's column at DPI
 DPI = 110
@@ -101,7 +102,7 @@ def draw_shares(
     for (row, column), value in np.ndenumerate(percent):
         if np.isfinite(value):
             colour = "white" if value > 60 else "black"
-            at = {"ha": "center", "va": "center", "color": colour, "size": 9}
+            at = {"ha": "center", "va": "center", "color": colour, "size": 9, "in_layout": False}
             ax.text(column + 0.5, row + 0.5, f"{value:.0f}", **at)
     ax.set(xlim=(0, percent.shape[1]), ylim=(percent.shape[0], 0))
     ax.set_xticks(np.arange(percent.shape[1]) + 0.5, columns or [""] * percent.shape[1])
@@ -125,24 +126,26 @@ class Group(NamedTuple):
 
 
 def grouped(results: Iterable[Result]) -> list[Group]:
-    """Configurations in the order of ``results.table``: measured ones, then published ones.
+    """Configurations in the order of ``tables.table``: measured ones, then published ones.
 
     A colour stands for a strategy and budget, grey and a diamond for what was published elsewhere.
-    Raises ResultError as ``results.configurations`` does.
+    Raises ResultError as ``tables.configurations`` does.
     """
     results = list(results)
+    if not results:
+        raise ResultError("there are no results to draw: give at least one")
+    groups: list[Group] = []
+    colours: dict[tuple[Any, Any], Any] = {}
     # Apart, because a published protocol differs in everything and would lengthen every label.
-    measured = [r for r in results if not is_published(r)]
-    found = configurations(measured) if measured or not results else []
-    published = [r for r in results if is_published(r)]
-    groups = []
-    methods: dict[tuple[Any, Any], Any] = {}
-    for items in (found, configurations(published) if published else []):
+    for published in (False, True):
+        own = [result for result in results if is_published(result) == published]
+        items = configurations(own) if own else []
         for label, item in zip(names([i.shown for i in items]), items, strict=True):
             method = (item.shown["strategy"], item.shown["budget"])
-            colour = methods.setdefault(method, _COLOURS[len(methods) % len(_COLOURS)])
-            mark = (GREY, "D") if item.shown.get("published") else (colour, "o")
-            groups.append(Group(label, *mark, item.shown, item.results))
+            colour = colours.setdefault(method, _COLOURS[len(colours) % len(_COLOURS)])
+            mark = (GREY, "D") if published else (colour, "o")
+            model = f" ({item.results[0].protocol.get('model')})" if published else ""
+            groups.append(Group(label + model, *mark, item.shown, item.results))
     return groups
 
 
@@ -197,7 +200,7 @@ def shared_task_names(results: list[Result]) -> list[str]:
     orders = [task_names(result) for result in results]
     if all(order == orders[0] for order in orders):
         return orders[0]
-    return [f"task {number}" for number in range(1, len(orders[0]) + 1)]
+    return [f"task {number}" for number in range(1, max(map(len, orders)) + 1)]
 
 
 def is_published(result: Result) -> bool:

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from bitstack_nb.metrics import accuracy_matrix, mean_interval
 from bitstack_nb.metrics import forgetting_per_task as points_lost
+from bitstack_nb.pairs import METRICS, difference, no_pairs
 from bitstack_nb.plot_style import (
     GREY,
     Figure,
@@ -23,14 +24,14 @@ from bitstack_nb.plot_style import (
     counted,
     draw_shares,
     grouped,
-    is_published,
     names,
     shared_task_names,
     styled,
     task_names,
     titled,
 )
-from bitstack_nb.results import COLUMNS, Result, ResultError, column_value
+from bitstack_nb.results import Result, ResultError
+from bitstack_nb.tables import COLUMNS, column_value
 
 _UNITS = {"average_accuracy": "%", "learning_accuracy": "%", "forgetting": "points"}
 _INTERVALS = "mean and 95 % Student interval over n seeds; small dots: single seeds"
@@ -115,45 +116,24 @@ def comparison(results: Iterable[Result]) -> Figure:
 def paired_differences(results: Iterable[Result], baseline: str = "finetune") -> Figure:
     """Every configuration less the baseline strategy, seed by seed, in points.
 
-    A pair is two runs whose protocols agree in everything that the baseline's says but the
-    strategy: seed, tasks, data, learning rate, ... Raises ResultError where there is no pair.
+    Pairs are those of ``pairs.partner``. Raises ResultError where there is none.
     """
     results = list(results)
     groups = [g for g in grouped(results) if g.settings["strategy"] != baseline]
     panels = []
     for name in _UNITS:
         values = [
-            _numbers(g.results, lambda r, name=name: _difference(r, results, baseline, name))
+            _numbers(
+                g.results, lambda r, name=name: difference(r, results, name, baseline=baseline)
+            )
             for g in groups
         ]
-        better = "lower" if name == "forgetting" else "higher"
+        better = "higher" if METRICS[name] else "lower"
         panels.append(_Panel(COLUMNS[name], f"difference (points)\n{better} is better", values))
     if not any(values for panel in panels for values in panel.values):
-        raise ResultError(
-            f"nothing to pair: no run of {baseline!r} has the seed, tasks and settings of another "
-            "strategy's run"
-        )
+        raise no_pairs(baseline)
     what = names([{"strategy": baseline, "budget": None}])[0]
     return _dots(f"Difference to {what}, the same seeds paired", groups, panels, zero=True)
-
-
-def partner(result: Result, results: list[Result], strategy: str) -> Result | None:
-    """The run of ``strategy`` that agrees with ``result`` in all its settings, seed included."""
-    for other in results:
-        own = {k: v for k, v in other.protocol.items() if k != "strategy" and v is not None}
-        if (
-            other.protocol["strategy"] == strategy
-            and is_published(other) == is_published(result)
-            and all(result.protocol.get(name) == value for name, value in own.items())
-        ):
-            return other
-    return None
-
-
-def _difference(result: Result, results: list[Result], baseline: str, name: str) -> float | None:
-    other = partner(result, results, baseline)
-    pair = [None if run is None else column_value(run, name) for run in (result, other)]
-    return None if None in pair else pair[0] - pair[1]
 
 
 # Dots: a row per configuration, a panel per quantity ----------------------------------------------

@@ -154,15 +154,15 @@ PRESETS: dict[str, Protocol] = {
 }
 
 
-def default_preset() -> str:
-    """The notebooks' preset: ``BITSTACK_PRESET``, else ``published`` with a GPU, ``smoke`` without.
+def default_preset(*, gpu: str = "published") -> str:
+    """The notebooks' preset: ``BITSTACK_PRESET``, else ``smoke``, or ``gpu`` where there is one.
 
     Raises:
         ValueError: ``BITSTACK_PRESET`` names no preset.
     """
     name = os.environ.get("BITSTACK_PRESET")
     if not name:
-        return "published" if torch.cuda.is_available() else "smoke"
+        return gpu if torch.cuda.is_available() else "smoke"
     if name not in PRESETS:
         raise ValueError(f"BITSTACK_PRESET is {name!r}, expected one of {', '.join(PRESETS)}")
     return name

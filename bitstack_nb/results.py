@@ -1,34 +1,18 @@
-"""One run's Result as readable JSON, and tables of many with intervals over seeds."""
+"""One run's Result, as JSON that can be read by eye."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from bitstack_nb.files import replacing
-from bitstack_nb.metrics import accuracy_matrix, mean_interval
-from bitstack_nb.plain_json import canonical, plain, render
-
-if TYPE_CHECKING:
-    import pandas as pd
+from bitstack_nb.metrics import accuracy_matrix
+from bitstack_nb.plain_json import plain, render
 
 FORMAT = 1
-
-# Table column -> heading. All in percent or points; the half width stands in "<column>_interval".
-COLUMNS = {
-    "average_accuracy": "average accuracy",
-    "learning_accuracy": "learning accuracy",
-    "forgetting": "forgetting",
-    "forgetting_chaudhry": "forgetting (Chaudhry)",
-    "first_task_after_last": "task 1 after the last",
-    "locked_of_eligible": "locked % of eligible",
-    "locked_of_all": "locked % of all",
-}
 
 
 class ResultError(ValueError):
@@ -145,155 +129,6 @@ def _json_files(folder: Path) -> list[Path]:
     files = sorted(folder.rglob("*.json"))
     suffixes = [{parent.suffix for parent in f.relative_to(folder).parents} for f in files]
     return [f for f, above in zip(files, suffixes, strict=True) if ".state" not in above]
-
-
-class Configuration(NamedTuple):
-    """What some runs share, under the names and values a table shows, and the runs themselves."""
-
-    shown: dict[str, Any]
-    results: list[Result]
-
-
-def configurations(results: Iterable[Result]) -> list[Configuration]:
-    """Results by configuration: the protocol without the seed and the order of the tasks.
-
-    ``shown`` has strategy, sparsity, budget; every other protocol entry that differs between the
-    configurations; ``published`` (the source) where there are such results, which never mix with
-    measured ones; ``data`` where it is synthetic. Sorted by what is shown, the runs of each by seed
-    and order of the tasks. Raises ResultError without results, and where a seed and order occur in
-    a configuration with two different results, as counting both would feign a narrower interval.
-    """
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        group = groups.setdefault(canonical(_configuration(result)), [])
-        if result not in group:  # one run that was given twice
-            group.append(result)
-    if not groups:
-        raise ResultError("there are no results: give at least one")
-    entries = [json.loads(key) for key in groups]
-    names = _shown_columns(entries)
-    found = []
-    for configuration, members in zip(entries, groups.values(), strict=True):
-        _check_distinct(members)
-        shown = {name: _shown(name, configuration.get(name)) for name in names}
-        found.append(Configuration(shown, sorted(members, key=lambda m: _sort_keys(_draw(m)))))
-    return sorted(found, key=lambda item: _sort_keys(item.shown.values()))
-
-
-def table(results: Iterable[Result]) -> pd.DataFrame:
-    """One row per configuration: means and intervals over its seeds.
-
-    Columns: what ``configurations`` shows; ``seeds`` (how many); then each of COLUMNS and, as
-    ``<column>_interval``, the half width of its 95 % Student interval, NaN for one seed. A mean is
-    NaN where a seed lacks it. Raises ResultError as ``configurations`` does.
-    """
-    import pandas as pd
-
-    return pd.DataFrame(
-        item.shown | {"seeds": len(item.results)} | _averages(item.results)
-        for item in configurations(results)
-    )
-
-
-def format_table(frame: pd.DataFrame) -> str:
-    """Markdown of ``table``'s frame, aligned to be read as plain text too: mean ± half width."""
-    kept = [name for name in frame.columns if not name.endswith("_interval")]
-    lines = [[COLUMNS.get(name, name.replace("_", " ")) for name in kept]]
-    for row in frame.to_dict("records"):
-        lines.append(
-            [_cell(row[name], row.get(f"{name}_interval"), name in COLUMNS) for name in kept]
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
-
-
-def _configuration(result: Result) -> dict[str, Any]:
-    """The protocol less what belongs to the seed, and whether the numbers are published ones."""
-    entries = {k: v for k, v in result.protocol.items() if k != "seed" and v is not None}
-    if "tasks" in entries:
-        entries["tasks"] = sorted(entries["tasks"], key=lambda task: task["name"])
-    published = result.provenance.get("published")
-    return entries | ({"published": published} if published else {})
-
-
-def _shown_columns(configurations: list[dict[str, Any]]) -> list[str]:
-    """Strategy, sparsity, budget, then what differs or must be said, by name."""
-    always = ["strategy", "sparsity", "budget"]
-    names = set().union(*configurations) - set(always)
-    return always + sorted(name for name in names if _is_shown(name, configurations))
-
-
-def _is_shown(name: str, configurations: list[dict[str, Any]]) -> bool:
-    """Whether an entry differs; a setting that only other strategies have is no difference."""
-    values: dict[str, set[str]] = {}
-    for entries in configurations:
-        kind = canonical([entries["strategy"], entries.get("published")])
-        values.setdefault(kind, set()).add(canonical(entries.get(name)))
-    present = set().union(*values.values()) - {"null"}
-    differs = len(present) > 1 or any(len(own) > 1 for own in values.values())
-    return differs or name == "published" or (name == "data" and '"embedded"' in present)
-
-
-def _check_distinct(members: list[Result]) -> None:
-    """The order of the tasks belongs to the seed; the pair has to be there once."""
-    seen = set()
-    for member in members:
-        draw = _draw(member)
-        if draw in seen:
-            raise ResultError(
-                f"seed {draw[0]} of strategy {member.protocol['strategy']!r} has two different "
-                f"results with the tasks {draw[1]}: leave one of them out"
-            )
-        seen.add(draw)
-
-
-def _draw(result: Result) -> tuple[Any, str]:
-    names = [task["name"] for task in result.protocol.get("tasks") or []]
-    return result.protocol.get("seed"), canonical(names)
-
-
-def _averages(members: list[Result]) -> dict[str, float]:
-    row = {}
-    for name in COLUMNS:
-        values = [column_value(member, name) for member in members]
-        mean, half = (math.nan, None) if None in values else mean_interval(values)
-        row |= {name: mean, f"{name}_interval": math.nan if half is None else half}
-    return row
-
-
-def column_value(result: Result, name: str) -> float | None:
-    """One run's number for a column of COLUMNS; None where it has none."""
-    locked = {"locked_of_eligible": "frozen_pct", "locked_of_all": "locked_pct"}
-    if name in locked:
-        return result.lock_stats[-1].get(locked[name]) if result.lock_stats else None
-    return result.metrics.get(name)
-
-
-def _shown(name: str, value: Any) -> Any:
-    """A protocol entry as a table shows it."""
-    if name == "tasks" and value:
-        return ", ".join(task["name"] for task in value)
-    if name == "data" and value == "embedded":
-        return "embedded (synthetic)"
-    return canonical(value) if isinstance(value, list | dict) else value
-
-
-def _sort_keys(values: Iterable[Any]) -> list[tuple[int, float, str]]:
-    """Order what is absent before numbers before text."""
-    numbers = int | float
-    return [
-        (0, 0.0, "") if v is None else (1, v, "") if isinstance(v, numbers) else (2, 0.0, str(v))
-        for v in values
-    ]
-
-
-def _cell(value: Any, half: float | None, is_metric: bool) -> str:
-    if value is None or value != value:  # NaN
-        return "–"
-    if is_metric:
-        return f"{value:.1f}" if half != half else f"{value:.1f} ± {half:.1f}"
-    return f"{value:.10g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
 def _checked(data: Any) -> dict[str, Any]:

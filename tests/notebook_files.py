@@ -6,6 +6,7 @@ version, widgets (no kernel stands behind them any more) and stderr (progress ba
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -55,5 +56,8 @@ def refresh(file: Path) -> None:
 
 if __name__ == "__main__":
     os.environ["BITSTACK_PRESET"] = "smoke"
-    for file in [Path(name).resolve() for name in sys.argv[1:]] or sorted(FOLDER.glob("*.ipynb")):
-        refresh(file)
+    with tempfile.TemporaryDirectory() as runs:
+        os.environ["BITSTACK_OUTPUT"] = runs
+        given = [Path(name).resolve() for name in sys.argv[1:]]
+        for file in given or sorted(FOLDER.glob("*.ipynb")):
+            refresh(file)

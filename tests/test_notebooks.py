@@ -3,13 +3,14 @@
 import ast
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 from IPython.core.inputtransformer2 import TransformerManager
 from notebook_files import FOLDER, METADATA, WIDGET, code_cells, read
 
-from bitstack_nb.notebook import describe, to_install
+from bitstack_nb.notebook import describe, duration, output_folder, report, to_install
 from bitstack_nb.protocol import PRESETS, default_preset
 
 PROJECT = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
@@ -131,3 +132,24 @@ def test_unknown_preset_names_the_known_ones(monkeypatch):
 
 def test_nothing_is_missing_here():
     assert to_install() == ""
+
+
+def test_a_report_passes_only_if_every_check_does():
+    assert report({"one": True, "two": True}).endswith("\nPASS: all checks passed")
+    failed = report({"one": True, "two": False})
+    assert "FAIL  two" in failed
+    assert failed.endswith("\nFAIL: 1 of 2 checks failed")
+
+
+def test_durations_are_as_people_say_them():
+    said = [duration(seconds) for seconds in (0.4, 42, 185, 4800)]
+    assert said == ["0 s", "42 s", "3 min", "80 min"]
+    assert duration(3 * 3600 + 60) == "3 h 1 min"
+
+
+def test_a_folder_on_drive_is_mounted_first(tmp_path):
+    """Off Colab that fails, and nothing is made in its place."""
+    assert output_folder(str(tmp_path / "new" / "runs")).is_dir()
+    with pytest.raises(ImportError):
+        output_folder("/content/drive/MyDrive/bitstack")
+    assert not Path("/content/drive").exists()

@@ -16,14 +16,8 @@ import torch
 import bitstack_nb
 from bitstack_nb.metrics import mean_interval, summarize
 from bitstack_nb.provenance import git_state, provenance
-from bitstack_nb.results import (
-    FORMAT,
-    Result,
-    ResultError,
-    format_table,
-    load_results,
-    table,
-)
+from bitstack_nb.results import FORMAT, Result, ResultError, load_results
+from bitstack_nb.tables import format_table, provenance_table, readable, table
 
 TASKS = [{"name": "imdb", "num_labels": 2}, {"name": "ag_news", "num_labels": 4}]
 
@@ -273,6 +267,27 @@ def test_format_table_is_aligned_markdown():
     assert rows[0]["sparsity"] == "0.12" and rows[0]["seeds"] == "2"
     assert rows[1]["model"] == "a/b" and rows[1]["sparsity"] == "–"
     assert rows[1]["average accuracy"] == "75.0" and rows[1]["locked % of all"] == "–"
+
+
+def test_readable_says_what_format_table_prints():
+    results = [make(seed=seed, last=60.0 + seed) for seed in range(3)] + [make("finetune")]
+    shown = readable(table(results))
+    lines = format_table(table(results)).splitlines()
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == list(shown.columns)
+    for line, row in zip(lines[2:], shown.to_numpy().tolist(), strict=True):
+        assert [cell.strip() for cell in line.strip("|").split("|")] == row
+
+
+def test_origins_are_told_apart_and_published_numbers_have_none():
+    here, elsewhere = provenance(command="x"), {**provenance(command="x"), "cpu": "another"}
+    results = [make(seed=seed) for seed in range(4)]
+    for result, origin in zip(results, [here, here, elsewhere, here], strict=True):
+        result.provenance = origin
+    found = provenance_table([*results, make("finetune", published="a paper")])
+    assert found.loc["runs"].tolist() == [3, 1]
+    assert found.loc["seeds"].tolist() == ["0, 1, 3", "2"]
+    assert found.loc["hardware", 1].startswith("another")
+    assert found.loc["torch", 0] == here["packages"]["torch"]
 
 
 def test_provenance_describes_this_process_and_leaves_the_rng():

@@ -1,0 +1,85 @@
+"""Pairs: the same seed under two strategies, their differences, and what they settle."""
+
+import math
+import re
+
+import pytest
+from toy_results import TASKS, published, run
+
+from bitstack_nb.metrics import mean_interval
+from bitstack_nb.pairs import METRICS, paired_table, partner, verdict
+from bitstack_nb.results import ResultError
+
+SEEDS = range(4)
+RESULTS = [run(strategy, seed) for seed in SEEDS for strategy in ("finetune", "bitstack")]
+
+
+def shifted(points: list[float]) -> list:
+    """Pairs whose BitStack run forgets ``points`` more than its fine-tuning partner."""
+    pairs = []
+    for seed, more in enumerate(points):
+        pair = run("finetune", seed), run("bitstack", seed)
+        pair[1].metrics["forgetting"] = pair[0].metrics["forgetting"] + more
+        pairs += pair
+    return pairs
+
+
+def test_a_partner_agrees_in_all_that_both_say():
+    own = run(seed=1, learning_rate=1e-4)
+    others = [
+        run("joint", 1, learning_rate=1e-4),
+        run("finetune", 2, learning_rate=1e-4),
+        run("finetune", 1, learning_rate=2e-4),
+        run("finetune", 1, learning_rate=1e-4, tasks=TASKS[::-1]),
+        published("finetune", 14.5),
+    ]
+    assert partner(own, others, "finetune") is None
+    match = run("finetune", 1, learning_rate=1e-4)
+    assert partner(own, [*others, match], "finetune") is match
+
+
+@pytest.mark.parametrize("column", METRICS)
+def test_the_table_is_the_mean_of_the_differences(column):
+    row = paired_table([*RESULTS, published("bitstack", 3.8)]).iloc[0]
+    by_seed = zip(RESULTS[::2], RESULTS[1::2], strict=True)
+    values = [locked.metrics[column] - plain.metrics[column] for plain, locked in by_seed]
+    mean, half = mean_interval(values)
+    assert row[column] == pytest.approx(mean)
+    assert row[f"{column}_interval"] == pytest.approx(half)
+    assert row["seeds"] == len(SEEDS)
+
+
+def test_order_does_not_matter_and_runs_without_partner_do_not_count():
+    frame = paired_table([*reversed(RESULTS), run("bitstack", 9), run("finetune", 8)])
+    assert frame.equals(paired_table(RESULTS))
+
+
+@pytest.mark.parametrize(
+    ("points", "better", "settled", "words"),
+    [
+        ([-5.0, -6.0, -5.5], True, True, "-5.5 ± .* over 3 paired seeds .*excludes zero"),
+        ([5.0, 6.0, 5.5], False, True, r"\+5.5 ± .*excludes zero"),
+        ([-9.0, 1.0, -2.0], True, False, "-3.3 ± .*not settled.*includes zero"),
+        ([-9.0], True, False, "-9.0 points over 1 paired seed .*one seed has no interval"),
+        ([0.0, 0.0], False, False, "includes zero"),
+    ],
+)
+def test_a_verdict_says_which_way_and_whether_it_is_settled(points, better, settled, words):
+    found = verdict(shifted(points))
+    assert (found.better, found.settled) == (better, settled)
+    assert re.search(words, str(found)), str(found)
+
+
+def test_more_accuracy_is_better():
+    pairs = shifted([0.0, 0.0])
+    for plain, locked in zip(pairs[::2], pairs[1::2], strict=True):
+        locked.metrics["average_accuracy"] = plain.metrics["average_accuracy"] + 3
+    assert verdict(pairs, "average_accuracy").better
+    assert not math.isnan(paired_table(pairs)["average_accuracy"].iloc[0])
+
+
+def test_what_cannot_be_judged_is_said():
+    with pytest.raises(ResultError, match="nothing to pair"):
+        paired_table([run("bitstack", 0), run("finetune", 1)])
+    with pytest.raises(ResultError, match="2: choose"):
+        verdict([*RESULTS, run("bitstack", 0, budget="fresh")])

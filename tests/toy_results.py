@@ -1,0 +1,86 @@
+"""Small made-up results that figures and tables are tested on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bitstack_nb.metrics import summarize
+from bitstack_nb.results import Result
+
+TASKS = ("imdb", "ag_news", "dbpedia")
+# (layer, module): eligible entries.
+PLACES = {(0, "attn.query"): 40, (0, "mlp.dense"): 60, (1, "attn.query"): 40, (1, "mlp.dense"): 60}
+POOLER = {(None, "pooler.dense"): 20}
+
+
+def run(strategy: str = "bitstack", seed: int = 0, *, tasks=TASKS, **settings: Any) -> Result:
+    """A run whose accuracies and locks are drawn from its strategy, settings and seed."""
+    rng = np.random.default_rng([seed, *f"{strategy}{sorted(settings.items())}".encode()])
+    own = {"sparsity": 0.12, "budget": "union"} if strategy == "bitstack" else {}
+    protocol = {"strategy": strategy, "model": "tiny", "data": "hub", "seed": seed}
+    protocol["tasks"] = [{"name": name} for name in tasks]
+    count = len(tasks)
+    matrix = np.tril(rng.uniform(20, 90, (count, count)))
+    matrix[np.triu_indices(count, 1)] = np.nan
+    if strategy == "joint":
+        matrix[:-1] = np.nan
+    protocol |= own | settings
+    locks = lock_records(protocol["sparsity"], count, rng) if own else []
+    return Result(
+        protocol=protocol,
+        matrix=matrix,
+        metrics=summarize(matrix),
+        locks=locks,
+        lock_stats=[stats(locks, task) for task in range(1, count + 1)] if locks else [],
+        provenance={"command": "x"},
+    )
+
+
+def lock_records(sparsity: float, tasks: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Records as of ``BitStack.layer_table``."""
+    records = []
+    locked = dict.fromkeys(PLACES | POOLER, 0)
+    for task in range(1, tasks + 1):
+        for place, eligible in (PLACES | POOLER).items():
+            selected = int(rng.binomial(eligible, sparsity))
+            added = int(rng.integers(0, min(selected, eligible - locked[place]) + 1))
+            locked[place] += added
+            records.append(
+                {
+                    "layer": place[0],
+                    "module": place[1],
+                    "task": task,
+                    "eligible": eligible,
+                    "selected": selected,
+                    "added": added,
+                    "locked": locked[place],
+                    "lock_fraction": locked[place] / eligible,
+                }
+            )
+    return records
+
+
+def stats(locks: list[dict[str, Any]], task: int) -> dict[str, float]:
+    """``BitStack.stats`` after a task."""
+    own = [record for record in locks if record["task"] == task]
+    locked, eligible = (sum(record[key] for record in own) for key in ("locked", "eligible"))
+    return {
+        "locked": locked,
+        "eligible": eligible,
+        "locked_pct": 50 * locked / eligible,
+        "frozen_pct": 100 * locked / eligible,
+    }
+
+
+def published(strategy: str, forgetting: float) -> Result:
+    """Numbers that were not measured here."""
+    own = {"sparsity": 0.12, "budget": "union"} if strategy == "bitstack" else {}
+    return Result(
+        protocol={"strategy": strategy, "model": "gpt2", "seed": 42} | own,
+        matrix=None,
+        metrics={"forgetting": forgetting},
+        lock_stats=[{"locked_pct": 15.0}] if own else [],
+        provenance={"published": "the paper"},
+    )

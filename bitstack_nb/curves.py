@@ -55,6 +55,17 @@ class LockCurves:
             )
         return index
 
+    def counts(self, sparsity: float, budget: str) -> dict[str, np.ndarray]:
+        """Entries ``selected``, ``added`` and ``locked``: int64 [T, C], as in the layer table."""
+        level = self.level(sparsity)
+        locked = self.locked[budget][:, :, level]
+        # Masks only grow, so what the first task added is what was locked after it.
+        added = np.diff(locked, axis=0, prepend=self.locked[budget][:1, :, 0])
+        selected = self.selected[:, :, level] if budget == "union" else added
+        eligible = np.array([cell[2] for cell in self.cells])
+        shares = {"selected": selected, "added": added, "locked": locked}
+        return {name: np.rint(share * eligible).astype(int) for name, share in shares.items()}
+
     def layer_table(self, sparsity: float, budget: str) -> pandas.DataFrame:
         """The table that ``BitStack.layer_table`` would give at that sparsity and budget.
 
@@ -62,24 +73,19 @@ class LockCurves:
         """
         import pandas
 
-        level = self.level(sparsity)
-        locked = self.locked[budget][:, :, level]
-        eligible = np.array([cell[2] for cell in self.cells])
-        # Masks only grow, so what the first task added is what was locked after it.
-        added = np.diff(locked, axis=0, prepend=self.locked[budget][:1, :, 0])
-        selected = self.selected[:, :, level] if budget == "union" else added
-        tasks, cells = locked.shape
+        counts = self.counts(sparsity, budget)
+        tasks, cells = counts["locked"].shape
         frame = pandas.DataFrame(
             {
                 "layer": pandas.array([cell[0] for cell in self.cells] * tasks, dtype="Int64"),
                 "module": [cell[1] for cell in self.cells] * tasks,
                 "task": np.repeat(np.arange(1, tasks + 1), cells),
-                "eligible": np.tile(eligible, tasks),
+                "eligible": np.tile([cell[2] for cell in self.cells], tasks),
             }
+            | {name: count.ravel() for name, count in counts.items()}
         )
-        for name, share in (("selected", selected), ("added", added), ("locked", locked)):
-            frame[name] = np.rint(share * eligible).astype("int64").ravel()
-        return frame.assign(lock_fraction=locked.ravel())
+        fraction = self.locked[budget][:, :, self.level(sparsity)]
+        return frame.assign(lock_fraction=fraction.ravel())
 
     def overlap(self, sparsity: float) -> np.ndarray:
         """Float64 [T, T]: shared over united entries of two tasks' choices (Jaccard), 0 to 1."""

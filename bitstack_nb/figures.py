@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from bitstack_nb import lock_plots, plots
+from bitstack_nb import lock_plots, mask_plots, plots
 from bitstack_nb.files import replacing
 from bitstack_nb.plot_style import Figure, grouped, png
 from bitstack_nb.protocol import Protocol
@@ -64,7 +64,8 @@ def _figures(results: list[Result]) -> Iterator[tuple[str, Callable[[], Figure]]
     ):
         yield draw.__name__, partial(draw, results)
     for name, result in _examples(results).items():
-        yield f"lock_heatmaps_{name}", partial(lock_plots.lock_heatmaps, result)
+        for draw in (lock_plots.lock_heatmaps, mask_plots.task_overlap, mask_plots.mask_weight):
+            yield f"{draw.__name__}_{name}", partial(draw, result)
 
 
 def _examples(results: list[Result]) -> dict[str, Result]:

@@ -168,7 +168,7 @@ def lock_heatmaps(locks: Result | pd.DataFrame) -> Figure:
     share = own["locked"].sum() / own["eligible"].sum()
     panels.append((f"after all: {share:.1%} locked", _shares(own, "locked")))
     down = math.ceil(len(panels) / 3)
-    names_below = _short(panels[0][1].columns)
+    names_below = short_names(panels[0][1].columns)
     figure = Figure(
         1.3 + down * (0.4 + 0.23 * len(panels[0][1])) + 0.08 * max(map(len, names_below))
     )
@@ -235,7 +235,7 @@ def _shares(table: pd.DataFrame, what: str) -> pd.DataFrame:
     return pd.DataFrame(shares, index=index, columns=modules)
 
 
-def _short(modules: Sequence[str]) -> list[str]:
+def short_names(modules: Sequence[str]) -> list[str]:
     """Each name's shortest end that no other one has, whole parts only."""
     short = []
     for module in modules:

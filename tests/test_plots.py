@@ -409,7 +409,8 @@ def test_the_command_writes_every_figure_and_says_so(recorded, tmp_path, capsys)
     assert main(["figures", str(recorded), "--output", str(out)]) == 0
     files = sorted(out.iterdir())
     assert sorted(capsys.readouterr().out.split()) == [str(file) for file in files]
-    names = {draw.__name__ for draw in OF_RESULTS} | {"lock_heatmaps_bitstack_union"}
+    of_a_run = {"lock_heatmaps", "mask_weight", "task_overlap"}
+    names = {draw.__name__ for draw in OF_RESULTS} | {f"{name}_bitstack_union" for name in of_a_run}
     assert {file.name for file in files} == {f"{name}.png" for name in names}
     expected = png(comparison(load_results(recorded)), dpi=FILE_DPI)
     assert (out / "comparison.png").read_bytes() == expected

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bitstack_nb.curves import SPARSITIES, LockCurves
 from bitstack_nb.metrics import summarize
 from bitstack_nb.results import Result
 
@@ -34,8 +35,24 @@ def run(strategy: str = "bitstack", seed: int = 0, *, tasks=TASKS, **settings: A
         metrics=summarize(matrix),
         locks=locks,
         lock_stats=[stats(locks, task) for task in range(1, count + 1)] if locks else [],
+        importance=importance(count) if locks else {},
         provenance={"command": "x"},
     )
+
+
+def importance(tasks: int) -> dict[str, Any]:
+    """Recorded curves as if each task chose at random."""
+    cells = tuple((*place, eligible) for place, eligible in {**PLACES, **POOLER}.items())
+    share, number = np.array(SPARSITIES), np.arange(1, tasks + 1)[:, None, None]
+    shape = (tasks, len(cells), len(share))
+    selected, union, fresh = (
+        np.broadcast_to(curve, shape)
+        for curve in (share, 1 - (1 - share) ** number, np.minimum(1, share * number))
+    )
+    same = np.eye(tasks)[..., None]
+    shared = same * share + (1 - same) * share**2
+    locked = {"union": union, "fresh": fresh}
+    return LockCurves(SPARSITIES, cells, selected, locked, shared).to_record()
 
 
 def lock_records(sparsity: float, tasks: int, rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -69,6 +86,7 @@ def stats(locks: list[dict[str, Any]], task: int) -> dict[str, float]:
     return {
         "locked": locked,
         "eligible": eligible,
+        "total": 2 * eligible,
         "locked_pct": 50 * locked / eligible,
         "frozen_pct": 100 * locked / eligible,
     }

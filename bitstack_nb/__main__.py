@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
     # Every request the Hub client makes would be logged as well.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)
     if options.quiet:
         datasets.disable_progress_bars()
     try:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 import transformers
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
@@ -24,7 +26,14 @@ from huggingface_hub.utils import (
 )
 from transformers.utils import logging as transformers_logging
 
-_HUB_TIMEOUT = 10.0  # seconds until the Hub counts as out of reach
+from bitstack_nb import hub
+
+# What transformers reads of a repository, at its top level; weights as safetensors if there are.
+_SETTINGS = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
+_WEIGHTS = (
+    re.compile(r"model(-\d+-of-\d+)?\.safetensors"),
+    re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin"),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,27 +58,27 @@ def load_pretrained(
     Raises:
         BackboneError: see :func:`bitstack_nb.backbones.load_backbone`.
     """
-    path, options, source = _locate(name)
-    # Checked at once: otherwise transformers stops and asks whether to run the checkpoint's code.
-    options["trust_remote_code"] = False
+    folder, source = _locate(name)
+    # Said at once: otherwise transformers stops and asks whether to run the checkpoint's code.
+    safe = {"trust_remote_code": False}
     try:
         with _quiet():
-            config = transformers.AutoConfig.from_pretrained(path, **options)
+            config = transformers.AutoConfig.from_pretrained(folder, **safe)
             if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
                 raise BackboneError(
                     f"{name}: transformers has no sequence classification head for architecture"
                     f" {config.model_type!r}; take an encoder such as distilbert-base-uncased or a"
                     " decoder such as gpt2"
                 )
-            tokenizer = _load_tokenizer(path, name, options)
+            tokenizer = _load_tokenizer(folder, name)
             model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-                path, config=config, dtype=torch.float32, output_loading_info=True, **options
+                folder, config=config, dtype=torch.float32, output_loading_info=True, **safe
             )
     except BackboneError:
         raise
     except Exception as error:  # anything from OSError to SafetensorError, by version
         raise BackboneError(
-            f"{name}: transformers cannot load it ({_first_line(error)}); check the files, or"
+            f"{name}: transformers cannot load it ({hub.first_line(error)}); check the files, or"
             " take another model, e.g. tiny-gpt2"
         ) from error
     prefix = f"{model.base_model_prefix}."
@@ -80,15 +89,13 @@ def load_pretrained(
     return model, tokenizer, source
 
 
-def _load_tokenizer(
-    path: str, name: str, options: Mapping[str, Any]
-) -> transformers.PreTrainedTokenizerBase:
+def _load_tokenizer(folder: Path, name: str) -> transformers.PreTrainedTokenizerBase:
     way_out = "save one beside the model (tokenizer.save_pretrained(folder))"
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, ImportError, ... by architecture
         raise BackboneError(
-            f"{name}: no tokenizer that can be loaded ({_first_line(error)}); {way_out}"
+            f"{name}: no tokenizer that can be loaded ({hub.first_line(error)}); {way_out}"
         ) from error
     # Without tokenizer files transformers makes one that knows its special tokens only.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
@@ -96,51 +103,64 @@ def _load_tokenizer(
     return tokenizer
 
 
-def _locate(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Find a folder or Hub model: path or name, options for ``from_pretrained``, provenance."""
+def _locate(name: str) -> tuple[Path, dict[str, Any]]:
+    """Find a folder or Hub model: its folder here, and its provenance."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BackboneError(
                 f"{name}: the folder has no config.json; give one that model.save_pretrained wrote"
             )
-        return str(folder), {}, {"source": "folder", "sha256": _weight_digests(folder)}
+        return folder, {"source": "folder", "sha256": _weight_digests(folder)}
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BackboneError(f"{name}: no such folder; give a folder or a Hub name (owner/model)")
-    revision, offline = _find_on_hub(name)
-    options = {"revision": revision, "local_files_only": offline}
-    return name, options, {"source": "hub", "revision": revision}
+    # Hub models, too, are loaded from a folder, the cache's: transformers may take a request that
+    # failed for a file that is not there, and sends some even if told to stay local.
+    folder = _fetch(name)
+    return folder, {"source": "hub", "revision": folder.name}
 
 
-def _find_on_hub(name: str) -> tuple[str, bool]:
-    """Return the commit of a Hub model, and whether only the local cache can be reached."""
-    unreachable = None
+def _fetch(name: str) -> Path:
+    """Bring a Hub model into the local cache, or find it there: its .../snapshots/<commit>."""
     try:
-        # One request without retries: a download from nowhere would retry for half a minute.
-        huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+        # First: it answers at once without a network, where downloads retry for half a minute.
+        info = hub.ask(partial(HfApi().model_info, name, timeout=hub.TIMEOUT), name)
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BackboneError(
             f"{name}: neither a folder here nor a model on the Hub that you may read; check the"
             " name on https://huggingface.co/models, or take tiny-gpt2"
         ) from error
     except Exception as error:  # the HTTP client, and so its errors, differ between versions
-        unreachable = error
+        return _find_cached(name, error)
     try:
         # By its branch and not by the commit: only so can it be found without network next time.
-        config = huggingface_hub.hf_hub_download(
-            name, "config.json", local_files_only=unreachable is not None
-        )
+        config = hub.ask(partial(hf_hub_download, name, "config.json"), name)
+        folder = Path(config).parent
+        for file in _needed([sibling.rfilename for sibling in info.siblings]):
+            hub.ask(partial(hf_hub_download, name, file, revision=folder.name), name)
     except Exception as error:
-        if unreachable is None:
-            raise BackboneError(
-                f"{name}: no config.json to be had from the Hub ({_first_line(error)}); take a"
-                " model in the format of transformers that you may read"
-            ) from error
+        raise BackboneError(
+            f"{name}: cannot be had from the Hub ({hub.first_line(error)}); try again later, or"
+            " take a model in the format of transformers that you may read, or tiny-gpt2"
+        ) from error
+    return folder
+
+
+def _find_cached(name: str, unreachable: Exception) -> Path:
+    try:
+        config = hf_hub_download(name, "config.json", local_files_only=True)
+    except Exception:
         raise BackboneError(
             f"{name}: not in the local cache, and the Hub cannot be reached"
-            f" ({_first_line(unreachable)}); connect, or give a model folder, or take tiny-gpt2"
+            f" ({hub.first_line(unreachable)}); connect, or give a model folder, or take tiny-gpt2"
         ) from unreachable
-    return Path(config).parent.name, unreachable is not None  # .../snapshots/<commit>/config.json
+    return Path(config).parent
+
+
+def _needed(files: list[str]) -> list[str]:
+    needed = [file for file in files if _SETTINGS.fullmatch(file)]
+    weights = ([file for file in files if form.fullmatch(file)] for form in _WEIGHTS)
+    return needed + next(filter(None, weights), [])
 
 
 def _weight_digests(folder: Path) -> dict[str, str]:
@@ -152,26 +172,18 @@ def _weight_digests(folder: Path) -> dict[str, str]:
     return digests
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' loading reports and bars, but not the Hub's download bars."""
+    """Silence transformers' loading reports and bars."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     downloads = not are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # silences the Hub's, too
-    if downloads:
-        enable_progress_bars()
+    transformers_logging.disable_progress_bar()  # the Hub's, too
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-        if not downloads:
-            disable_progress_bars()
+        (enable_progress_bars if downloads else disable_progress_bars)()

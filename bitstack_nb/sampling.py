@@ -169,7 +169,7 @@ def _take_rows(
 
 
 def _visit_stream(
-    task: Task, stream: datasets.IterableDataset
+    task: Task, stream: Iterable[dict[str, Any]]
 ) -> Iterator[tuple[int, tuple[int, dict[str, Any]]]]:
     """Label and (row number, row), as the rows come."""
     for number, row in enumerate(stream):

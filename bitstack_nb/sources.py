@@ -7,18 +7,22 @@ from a split, and what its columns mean, is decided in `tasks.py`.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import datasets
+from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
+from bitstack_nb import hub
 from bitstack_nb.embedded import EMBEDDED_VERSION, embedded_split
 
-_HUB_TIMEOUT = 10.0  # seconds until the Hub counts as out of reach
+logger = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
@@ -31,7 +35,7 @@ class Source(Protocol):
     def table(self, split: str) -> datasets.Dataset:
         """The whole split, with random access."""
 
-    def stream(self, split: str) -> datasets.IterableDataset | None:
+    def stream(self, split: str) -> Iterator[dict[str, Any]] | None:
         """The split row by row without fetching all of it; None where that saves nothing."""
 
     def provenance(self) -> dict:
@@ -117,7 +121,7 @@ class _Folder:
             )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
-                f"cannot read {files[0]} ({_first_line(error)}): is it a whole Parquet file?"
+                f"cannot read {files[0]} ({hub.first_line(error)}): is it a whole Parquet file?"
             ) from error
 
     def stream(self, split: str) -> None:
@@ -128,29 +132,53 @@ class _Folder:
 
 
 class _Hub:
-    """A dataset of the Hugging Face Hub, at the commit its main branch has now."""
+    """A dataset of the Hugging Face Hub, at the commit its main branch has now.
+
+    Where the Hub cannot be reached, the one that `datasets` cached when it was last fetched whole.
+    """
 
     def __init__(self, dataset: str, config: str | None) -> None:
         self._dataset, self._config = dataset, config
-        # Asked first: it answers at once without a network, where load_dataset retries for 20 s.
         with hub_errors(dataset):
-            self._revision = HfApi().dataset_info(dataset, timeout=_HUB_TIMEOUT).sha
+            try:
+                self._builder, self._revision = hub.ask(self._find, dataset)
+            except (RepositoryNotFoundError, HFValidationError):
+                raise
+            except Exception as error:
+                self._builder, self._revision = self._find_cached(error)
+
+    def _find(self) -> tuple[datasets.DatasetBuilder, str]:
+        # Asked first: it answers at once without a network, where the rest retries for 20 s.
+        revision = HfApi().dataset_info(self._dataset, timeout=hub.TIMEOUT).sha
+        builder = datasets.load_dataset_builder(self._dataset, self._config, revision=revision)
+        if isinstance(builder, Cache):
+            # On any error it takes, of its own accord, what was cached last.
+            raise hub.HubBusy("a request failed while looking for its files")
+        return builder, revision
+
+    def _find_cached(self, failure: Exception) -> tuple[Cache, str]:
+        names = {"repo_id": self._dataset, "dataset_name": self._dataset.rpartition("/")[2]}
+        try:
+            builder = Cache(**names, config_name=self._config, version="auto", hash="auto")
+        except Exception:  # none there, several configurations, or an unfinished one
+            raise failure from None
+        said = hub.first_line(failure)
+        logger.warning("%s: read from the local cache, the Hub failed (%s)", self._dataset, said)
+        return builder, builder.hash  # its folder in the cache is named by the commit
 
     def table(self, split: str) -> datasets.Dataset:
-        return self._open(split, streaming=False)
-
-    def stream(self, split: str) -> datasets.IterableDataset:
-        return self._open(split, streaming=True)
-
-    def _open(self, split: str, *, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
         with hub_errors(self._dataset):
-            return datasets.load_dataset(
-                self._dataset,
-                self._config,
-                split=split,
-                streaming=streaming,
-                revision=self._revision,
-            )
+            hub.ask(self._builder.download_and_prepare, self._dataset)
+            return self._builder.as_dataset(split)
+
+    def stream(self, split: str) -> Iterator[dict[str, Any]]:
+        if isinstance(self._builder, Cache):
+            return iter(self.table(split))
+
+        def open_at(row: int) -> Iterator[dict[str, Any]]:
+            return itertools.islice(self._builder.as_streaming_dataset(split), row, None)
+
+        return hub.rows(open_at, self._dataset)
 
     def provenance(self) -> dict:
         return {
@@ -176,12 +204,7 @@ def hub_errors(dataset: str) -> Iterator[None]:
         # Broad on purpose: requests, httpx, fsspec and datasets each have errors of their own, and
         # which of them arrives changes between versions.
         raise DataError(
-            f"cannot read {dataset} from the Hub ({_first_line(error)}): use --data embedded, or "
-            f"--data FOLDER with FOLDER/{dataset.rpartition('/')[2]}/train.parquet and test.parquet"
+            f"cannot read {dataset} from the Hub ({hub.first_line(error)}): use --data embedded, "
+            f"or --data FOLDER with FOLDER/{dataset.rpartition('/')[2]}/train.parquet and "
+            "test.parquet"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    # The first sentence says what happened; what the clients advise next is about their own ways.
-    return f"{type(error).__name__}: {lines[0].split('. ')[0][:160]}" if lines else repr(error)

@@ -114,7 +114,7 @@ def _locate(name: str) -> tuple[Path, dict[str, Any]]:
         return folder, {"source": "folder", "sha256": _weight_digests(folder)}
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BackboneError(f"{name}: no such folder; give a folder or a Hub name (owner/model)")
-    # Hub models are loaded from their folder in the cache, too: transformers may take a request that
+    # Hub models, too, are loaded from a folder, the cache's: transformers may take a request that
     # failed for a file that is not there, and sends some even if told to stay local.
     folder = _fetch(name)
     return folder, {"source": "hub", "revision": folder.name}
@@ -140,8 +140,8 @@ def _fetch(name: str) -> Path:
             hub.ask(partial(hf_hub_download, name, file, revision=folder.name), name)
     except Exception as error:
         raise BackboneError(
-            f"{name}: cannot be had from the Hub ({hub.first_line(error)}); take a model in the"
-            " format of transformers that you may read, or try again later"
+            f"{name}: cannot be had from the Hub ({hub.first_line(error)}); try again later, or"
+            " take a model in the format of transformers that you may read, or tiny-gpt2"
         ) from error
     return folder
 

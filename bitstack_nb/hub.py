@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import datasets
 from huggingface_hub.utils import get_session, parse_ratelimit_headers
 
 TIMEOUT = 10.0  # seconds until the Hub counts as out of reach
@@ -24,17 +25,23 @@ _BUSY = {408: "timeout", 429: "too many requests"}  # and all from 500 on
 # By name, because the clients took httpx first and then httpx2. A connection that cannot be made is
 # not among them: without a network the answer should come at once.
 _BROKEN = {"ReadError", "ReadTimeout", "RemoteProtocolError"}
+# datasets reads up to 20 times, seconds apart, which adds up to a quarter of an hour and more.
+_READ_ONCE = {
+    "STREAMING_OPEN_MAX_RETRIES": 1,
+    "STREAMING_OPEN_RETRY_INTERVAL": 0,
+    "STREAMING_READ_MAX_RETRIES": 1,
+    "STREAMING_READ_RETRY_INTERVAL": 0,
+}
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
 class HubBusy(Exception):
-    """The Hub answered with a status that may pass; `wait` is how many seconds it asks for."""
+    """The Hub failed in a way that may pass; `wait` is how many seconds it asks for."""
 
-    def __init__(self, status: int, wait: float) -> None:
-        asked = f", asks to wait {wait:g} s" if wait else ""
-        super().__init__(f"HTTP {status}, {_BUSY.get(status, 'server error')}{asked}")
+    def __init__(self, what: str, wait: float = 0.0) -> None:
+        super().__init__(f"{what}, asks to wait {wait:g} s" if wait else what)
         self.wait = wait
 
 
@@ -51,7 +58,7 @@ def ask(question: Callable[[], _T], name: str) -> _T:
     start, waits = time.monotonic(), iter(_WAITS)
     while True:
         try:
-            with _busy_raises():
+            with _single_try():
                 return question()
         except Exception as error:
             wait = max(next(waits, math.inf), error.wait if isinstance(error, HubBusy) else 0)
@@ -90,21 +97,30 @@ def rows(open_at: Callable[[int], Iterable[_T]], name: str) -> Iterator[_T]:
 def first_line(error: BaseException) -> str:
     """Kind and first sentence of an error; what the clients advise next is about their own ways."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, HubBusy):
+        return lines[0]
     return f"{type(error).__name__}: {lines[0].split('. ')[0][:160]}" if lines else repr(error)
 
 
 @contextmanager
-def _busy_raises() -> Iterator[None]:
-    """Raise HubBusy at a busy answer, past the clients' own retries and what they make of it."""
+def _single_try() -> Iterator[None]:
+    """Raise HubBusy at a busy answer, past the clients' own retries and what they make of it.
+
+    Broken connections are tried again by huggingface_hub, for some 20 s, but by datasets no more.
+    """
     seen: list[HubBusy] = []
 
     def check(response: Any) -> None:  # an httpx.Response, or httpx2's
         if response.status_code in _BUSY or response.status_code >= 500:
-            seen.append(HubBusy(response.status_code, _asked_wait(response.headers)))
+            what = f"HTTP {response.status_code} {_BUSY.get(response.status_code, 'server error')}"
+            seen.append(HubBusy(what, _asked_wait(response.headers)))
             raise seen[-1]
 
+    config = vars(datasets.config)
+    kept = {name: config[name] for name in _READ_ONCE if name in config}  # datasets 4 lacks some
     hooks = get_session().event_hooks["response"]
     hooks.append(check)
+    config.update({name: _READ_ONCE[name] for name in kept})
     try:
         yield
     except Exception as error:
@@ -112,6 +128,7 @@ def _busy_raises() -> Iterator[None]:
             raise seen[-1] from error  # they may have made "no such file" of it
         raise
     finally:
+        config.update(kept)
         hooks.remove(check)
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -143,33 +141,30 @@ class _Hub:
         self._dataset, self._config = dataset, config
         with hub_errors(dataset):
             try:
-                # First: it answers at once without a network, where the rest retries for 20 s.
-                info = partial(HfApi().dataset_info, dataset, timeout=hub.TIMEOUT)
-                self._revision = hub.ask(info, dataset).sha
+                self._builder, self._revision = hub.ask(self._find, dataset)
             except (RepositoryNotFoundError, HFValidationError):
                 raise
             except Exception as error:
-                self._builder = self._find_cached(error)
-            else:
-                self._builder = hub.ask(
-                    partial(
-                        datasets.load_dataset_builder, dataset, config, revision=self._revision
-                    ),
-                    dataset,
-                )
-            if isinstance(self._builder, Cache):
-                self._revision = _cached_revision(self._builder)
+                self._builder, self._revision = self._find_cached(error)
 
-    def _find_cached(self, unreachable: Exception) -> Cache:
+    def _find(self) -> tuple[datasets.DatasetBuilder, str]:
+        # Asked first: it answers at once without a network, where the rest retries for 20 s.
+        revision = HfApi().dataset_info(self._dataset, timeout=hub.TIMEOUT).sha
+        builder = datasets.load_dataset_builder(self._dataset, self._config, revision=revision)
+        if isinstance(builder, Cache):
+            # On any error it takes, of its own accord, what was cached last.
+            raise hub.HubBusy("a request failed while looking for its files")
+        return builder, revision
+
+    def _find_cached(self, failure: Exception) -> tuple[Cache, str]:
+        names = {"repo_id": self._dataset, "dataset_name": self._dataset.rpartition("/")[2]}
         try:
-            builder = Cache(
-                repo_id=self._dataset, config_name=self._config, version="auto", hash="auto"
-            )
-        except ValueError:
-            raise unreachable from None
-        said = hub.first_line(unreachable)
+            builder = Cache(**names, config_name=self._config, version="auto", hash="auto")
+        except Exception:  # none there, several configurations, or an unfinished one
+            raise failure from None
+        said = hub.first_line(failure)
         logger.warning("%s: read from the local cache, the Hub failed (%s)", self._dataset, said)
-        return builder
+        return builder, builder.hash  # its folder in the cache is named by the commit
 
     def table(self, split: str) -> datasets.Dataset:
         with hub_errors(self._dataset):
@@ -213,11 +208,3 @@ def hub_errors(dataset: str) -> Iterator[None]:
             f"or --data FOLDER with FOLDER/{dataset.rpartition('/')[2]}/train.parquet and "
             "test.parquet"
         ) from error
-
-
-def _cached_revision(builder: Cache) -> str | None:
-    """The commit that a cached dataset was fetched at, from the addresses of its files."""
-    for address in builder.info.download_checksums or ():
-        if found := re.search(r"@([0-9a-f]{40})/", address):
-            return found[1]
-    return None

@@ -20,8 +20,7 @@ from bitstack_nb.tasks import Task, load_task
 
 def answer(request: dict) -> dict:
     logging.root.handlers.clear()
-    # Waits between tries, in the proportions of the real ones.
-    hub._WAITS, hub._PATIENCE = request.get("patience", [(0.05, 0.1, 0.2, 0.4), 1.0])
+    hub._WAITS = (0.05, 0.1, 0.2, 0.4)  # as many tries as ever, but sooner
     start = time.monotonic()
     if "main" in request:
         record = {"code": main(request["main"])}

@@ -23,7 +23,8 @@ from bitstack_nb.tables import format_table, table
 from bitstack_nb.tasks import AG_NEWS_BINARY, EVALUATIONS, FIVE_TASKS, find_task
 
 ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)
-RECORDED = (Path("results/minilm-l6"), Path("results/minilm-l6-ablation"))
+# Each is drawn by itself: their protocols differ in more than a figure's labels can say.
+RECORDED = tuple(Path("results") / f"minilm-l6{name}" for name in ("", "-ablation", "-stronger"))
 SYNTHETIC = (
     "Data: embedded, synthetic. These numbers show that the machinery works, not how well the "
     "method does on real text (README.md, Results)."
@@ -67,12 +68,14 @@ def _train(options: argparse.Namespace) -> None:
 def _figures(options: argparse.Namespace) -> None:
     from bitstack_nb.figures import write_figures  # loads matplotlib
 
-    recorded = [RECORDED[0], *(folder for folder in RECORDED[1:] if folder.is_dir())]
-    files, left_out = write_figures(load_results(*(options.results or recorded)), options.output)
-    for file in files:
-        print(file)
-    for name, why in left_out.items():
-        print(f"no {name}: {why}")
+    together = {options.output: options.results}
+    apart = {options.output / folder.name: [folder] for folder in RECORDED}
+    for output, results in (together if options.results else apart).items():
+        files, left_out = write_figures(load_results(*results), output)
+        for file in files:
+            print(file)
+        for name, why in left_out.items():
+            print(f"no {name}: {why}")
 
 
 def _run(protocol: Protocol, options: argparse.Namespace) -> Result:
@@ -158,9 +161,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_figures(commands: argparse._SubParsersAction) -> None:
     what = "draw recorded results as PNG files"
     parser = commands.add_parser("figures", help=what, description=what)
-    folders = " and ".join(map(str, RECORDED))
     add = parser.add_argument
-    add("results", nargs="*", type=Path, metavar="RESULTS", help=f"files or folders; {folders}")
+    recorded = f"each of {', '.join(map(str, RECORDED))} to a folder of its own if not given"
+    add("results", nargs="*", type=Path, metavar="RESULTS", help=f"drawn together; {recorded}")
     add("--output", type=Path, default=Path("results/figures"), help="results/figures if not given")
     add("--verbose", action="store_true", help="log what happens")
     parser.set_defaults(command=_figures, quiet=True)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from toy_results import TASKS, published, run
 
 from bitstack_nb import BitStack
-from bitstack_nb.__main__ import main
+from bitstack_nb.__main__ import RECORDED, main
 from bitstack_nb.figures import FILE_DPI
 from bitstack_nb.lock_plots import ablation, capacity, lock_heatmaps, mask_bytes
 from bitstack_nb.metrics import forgetting_per_task as points_lost
@@ -422,6 +422,17 @@ def test_the_command_says_what_cannot_be_drawn(tmp_path, capsys):
     assert main(["figures", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     assert "no capacity: no result has locks" in capsys.readouterr().out
     assert not (tmp_path / "out" / "capacity.png").exists()
+
+
+def test_without_names_every_recorded_folder_is_drawn_by_itself(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in RECORDED:
+        PAPER[0].save(folder / "one.json")
+    assert main(["figures"]) == 0
+    drawn = {file.parent.name for file in (tmp_path / "results" / "figures").rglob("*.png")}
+    assert drawn == {folder.name for folder in RECORDED}
+    said = capsys.readouterr().out
+    assert all(f"{folder.name}/comparison.png" in said for folder in RECORDED)
 
 
 @pytest.mark.parametrize("missing", [["nowhere"], []])  # no folder of that name; none recorded here

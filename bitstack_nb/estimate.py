@@ -55,7 +55,8 @@ def _total(left: list[tuple[Protocol, list[list[int]]]], device: torch.device) -
     total = 0.0
     for protocol, stages in left:
         for stage in stages:
-            total += step * inputs.training_batches(stage, protocol)
+            rows = STRATEGIES[protocol.strategy].rows(stage, inputs.train, protocol)
+            total += step * inputs.training_batches(rows, protocol)
             total += forward * inputs.evaluation_batches(stage[-1], protocol)
             total += measure * (protocol.n_batches or 0)
     return total

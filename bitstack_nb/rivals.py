@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -210,7 +211,8 @@ class Adapters(FineTune):
         self._shown = 0
         config = _lora_config(model.base_model, protocol.rank)
         # All at once, so that the model has the same tensors at every checkpoint.
-        with undisturbed_rng(model.device):
+        with undisturbed_rng(model.device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             torch.manual_seed(protocol.seed)
             for task in range(len(protocol.tasks)):
                 inject_adapter_in_model(config, model.base_model, _adapter(task))

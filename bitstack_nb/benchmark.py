@@ -7,10 +7,8 @@ Every stage seeds itself, so the accuracy matrix is that of an unbroken run.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from bitstack_nb import metrics
+from bitstack_nb import metrics, stages
 from bitstack_nb.heads import Heads
 from bitstack_nb.inputs import load_inputs
 from bitstack_nb.protocol import Protocol
@@ -74,7 +72,7 @@ def run(
         sequence = _Sequence(protocol, found, path.with_suffix(".state"), command)
         result = sequence.run(progress=progress)
     result.save(path)
-    shutil.rmtree(sequence.state, ignore_errors=True)
+    stages.remove(sequence.state)
     return result
 
 
@@ -83,13 +81,7 @@ def finished_stages(protocol: Protocol, output: str | os.PathLike[str]) -> int:
     path = Path(output) / f"{protocol.name}.json"
     if path.exists():
         return len(STRATEGIES[protocol.strategy].stages(len(protocol.tasks)))
-    return _newest_stage(path.with_suffix(".state"))
-
-
-def _newest_stage(state: Path) -> int:
-    # A stage that was being written when the run was killed still ends in .tmp.
-    numbers = [folder.name.removeprefix("stage-") for folder in state.glob("stage-*")]
-    return max((int(number) for number in numbers if number.isdigit()), default=0)
+    return max(stages.saved_stages(path.with_suffix(".state")), default=0)
 
 
 class _Sequence:
@@ -218,50 +210,52 @@ class _Sequence:
     # Resuming -----------------------------------------------------------------------------------
 
     def _checkpoint(self, stages_done: int) -> None:
-        """Write the state after a stage; the rename at the end makes it the one to resume from."""
+        """Write the state after a stage."""
         self.numbers["stages_done"] = stages_done
         self.numbers["peak_memory"] = _peak_memory(self.numbers["peak_memory"], self.device)
-        folder = self.state / f"stage-{stages_done}"
-        temporary = folder.with_suffix(".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         # Clones, because safetensors refuses tensors that share memory (tied weights).
         weights = {
             name: tensor.cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in self.model.state_dict().items()
         }
         try:
-            save_file(weights, temporary / "model.safetensors")
-            save_file(self.heads.state_dict(), temporary / "heads.safetensors")
-            self.strategy.save(temporary)
-            (temporary / "numbers.json").write_text(json.dumps(self.numbers))
-            temporary.replace(folder)
+            with stages.saving(self.state, stages_done, self.numbers) as folder:
+                save_file(weights, folder / "model.safetensors")
+                save_file(self.heads.state_dict(), folder / "heads.safetensors")
+                self.strategy.save(folder)
         except (SafetensorError, OSError) as error:
             raise OSError(
-                f"cannot write the state after stage {stages_done} to {folder} ({error}): make "
+                f"cannot write the state after stage {stages_done} to {self.state} ({error}): make "
                 "room, or choose another folder; the stages before it are kept"
             ) from error
-        shutil.rmtree(self.state / f"stage-{stages_done - 1}", ignore_errors=True)
 
     def _resume(self) -> None:
-        done = _newest_stage(self.state)
-        if not done:
-            return
-        folder = self.state / f"stage-{done}"
-        logger.info("resuming %s behind stage %d", self.protocol.name, done)
+        saved = stages.saved_stages(self.state)
+        for done in saved:
+            if (numbers := stages.read_numbers(self.state, done)) is not None:
+                return self._take_up(numbers, stages.stage_folder(self.state, done))
+            logger.warning("%s: stage %d is damaged and passed over", self.state, done)
+        if saved:
+            raise ValueError(
+                f"the state to resume from is damaged: delete {self.state} to start this run again"
+            )
+        return None
+
+    def _take_up(self, numbers: dict[str, Any], folder: Path) -> None:
+        """Go on from a stage that is whole."""
+        logger.info("resuming %s from %s", self.protocol.name, folder)
+        self._check_same(numbers["origin"], folder)
         try:
-            numbers = json.loads((folder / "numbers.json").read_text())
-            self._check_same(numbers["origin"], folder)
             self.heads.load_state_dict(load_file(folder / "heads.safetensors"))
             # First the strategy, because recall takes the model at its base.
             self.strategy.load(folder)
             # The checkpoint was written with the last task's head in place.
-            model = self.heads.use(self.protocol.tasks[self.stages[done - 1][-1]].name)
+            last = self.stages[numbers["stages_done"] - 1][-1]
+            model = self.heads.use(self.protocol.tasks[last].name)
             model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (SafetensorError, MaskFileError, json.JSONDecodeError, OSError) as error:
+        except (SafetensorError, MaskFileError, OSError) as error:
             raise ValueError(
-                f"the state to resume from is damaged ({error}): delete {self.state} to start "
-                "this run again"
+                f"cannot go on from {folder} ({error}): delete {self.state} to start this run again"
             ) from error
         self.numbers = numbers
 

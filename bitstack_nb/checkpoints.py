@@ -6,7 +6,6 @@ were. What a benchmark needs of them beyond that is in ``backbones``.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from huggingface_hub.utils import (
 from transformers.utils import logging as transformers_logging
 
 from bitstack_nb import hub
+from bitstack_nb.files import sha256
 
 # What transformers reads of a repository, at its top level; weights as safetensors if there are.
 _SETTINGS = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
@@ -165,11 +165,7 @@ def _needed(files: list[str]) -> list[str]:
 
 def _weight_digests(folder: Path) -> dict[str, str]:
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    digests = {}
-    for path in files:
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {path.name: sha256(path) for path in files}
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """What any sparsity would lock: lock fractions per layer and module as curves over sparsity.
 
 A stack locks at one sparsity, but the importance it measured says what every other would have
-chosen. ``CurveRecorder`` listens to ``BitStack.update`` and keeps one byte per entry and task: the
-first level of ``SPARSITIES`` at which the entry is chosen. ``LockCurves`` is what is left of that,
+chosen. ``CurveRecorder`` listens to ``BitStack.update`` and keeps two bytes per entry and task: the
+first level of ``SPARSITIES`` at which the task chooses the entry, and at which it is locked after
+the task where every task locks new ones. ``LockCurves`` is what is left of that,
 counted per layer and module: small enough to lie with a run's result, exact at every level before
 it is rounded to 0.1 points for the record.
 """
@@ -158,7 +159,7 @@ class CurveRecorder:
         masks: ``stack.masks``; what is locked when recording begins counts as locked at every
             sparsity.
 
-    One byte per eligible entry and task, in main memory.
+    Two bytes per eligible entry and task, in main memory.
     """
 
     def __init__(self, masks: Mapping[str, torch.Tensor]) -> None:

@@ -32,8 +32,9 @@ def estimate(
     """Seconds that :func:`bitstack_nb.run` of these protocols will take here, roughly.
 
     Finished runs cost nothing, broken ones only what is left of them. For each model and shape of
-    batch a few batches are timed, of the first seed, in the precision of training. Downloads are
-    left out; they have happened when the estimate is there.
+    batch a few batches are timed, of the first seed, in the precision of training. Reading that
+    seed's data and the model is timed too and counted for every other seed; they are read when the
+    estimate is there.
 
     Raises:
         ValueError: as ``run`` does.
@@ -49,10 +50,11 @@ def estimate(
 
 def _total(left: list[tuple[Protocol, list[list[int]]]], device: torch.device) -> float:
     """Seconds of the stages left of protocols that share a model and the shape of its batches."""
+    start = _now(device)
     inputs = load_inputs(left[0][0], device)
+    total = (_now(device) - start) * (len({protocol.seed for protocol, _ in left}) - 1)
     with undisturbed_rng(device):
         step, forward, measure = _seconds(inputs, left[0][0], device)
-    total = 0.0
     for protocol, stages in left:
         for stage in stages:
             rows = STRATEGIES[protocol.strategy].rows(stage, inputs.train, protocol)

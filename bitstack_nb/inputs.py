@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 import torch
@@ -43,14 +44,19 @@ class Inputs:
         return sum(ceil(len(rows) / (4 * protocol.batch_size)) for rows in self.test[: last + 1])
 
 
+# Runs that differ in their strategy draw the same samples; a stream is not read anew for each.
+_load_from_hub = lru_cache(maxsize=32)(load_task)
+
+
 def load_inputs(protocol: Protocol, device: torch.device) -> Inputs:
     """Draw and encode every task's samples and load the backbone.
 
     Raises:
         ValueError: a dataset or the model is out of reach or does not fit the protocol.
     """
+    load = _load_from_hub if protocol.data == "hub" else load_task
     tasks = [
-        load_task(
+        load(
             task,
             protocol.data,
             train_size=protocol.train_size,

@@ -142,19 +142,6 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     return mean, student_quantile(confidence, n - 1) * spread
 
 
-def paired_difference(
-    a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95
-) -> tuple[float, float | None]:
-    """``mean_interval`` of ``a[k] - b[k]``: pair k is two strategies on the same seed.
-
-    Raises ValueError where the lengths differ, and as ``mean_interval`` does.
-    """
-    if len(a) != len(b):
-        raise ValueError(f"pairs need two lists of one length, got {len(a)} and {len(b)} values")
-    difference = np.array(a, dtype=np.float64) - np.array(b, dtype=np.float64)
-    return mean_interval(difference, confidence)
-
-
 def _mean(values: np.ndarray) -> float:
     """Mean that is NaN, without numpy's warning, for no values."""
     return float(values.mean()) if values.size else math.nan

@@ -10,9 +10,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from bitstack_nb.protocol import PRESETS, default_preset
-from bitstack_nb.provenance import provenance
-
 _ROOT = Path(__file__).resolve().parents[1]
 # Colab's own builds fit its driver and each other: pip may not replace them.
 _HELD = ("torch", "numpy")
@@ -31,6 +28,8 @@ def to_install() -> str:
 def describe() -> str:
     """Device, versions and preset of this process, a line each.
 
+    With a GPU and no ``BITSTACK_PRESET`` each notebook chooses its own, in the cell after this.
+
     Raises:
         ImportError: a package is missing. ``%pip`` only prints that it failed.
     """
@@ -39,13 +38,18 @@ def describe() -> str:
             f"these packages are missing: {', '.join(missing)}. Install them with pip, then run "
             "this cell again"
         )
+    # Only now: they import what may have been missing.
+    from bitstack_nb.protocol import PRESETS, default_preset
+    from bitstack_nb.provenance import provenance
+
     here = provenance()
+    preset = default_preset(gpu="as the next cell says")
     device = ", ".join(here["gpus"]) or f"{here['cpu']}, {here['cores']} cores"
     versions = {"Python": here["python"], **here["packages"]}
     return (
         f"device    {device}\n"
         f"versions  {', '.join(f'{name} {number}' for name, number in versions.items())}\n"
-        f"preset    {default_preset()} (of {', '.join(PRESETS)}; BITSTACK_PRESET chooses)"
+        f"preset    {preset} (of {', '.join(PRESETS)}; BITSTACK_PRESET chooses)"
     )
 
 

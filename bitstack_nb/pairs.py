@@ -86,13 +86,13 @@ def paired_table(results: Iterable[Result], baseline: str = "finetune") -> pd.Da
     results = list(results)
     rows = []
     for item in configurations(results):
-        row = {}
+        row, pairs = {}, 0
         for column in METRICS:
             own = (difference(r, results, column, baseline=baseline) for r in item.results)
             values = [value for value in own if value is not None]
             mean, half = mean_interval(values) if values else (math.nan, None)
             row |= {column: mean, f"{column}_interval": math.nan if half is None else half}
-            pairs = len(values)
+            pairs = max(pairs, len(values))
         if pairs and item.shown["strategy"] != baseline:
             rows.append(item.shown | {"seeds": pairs} | row)
     if not rows:

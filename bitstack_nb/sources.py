@@ -6,7 +6,6 @@ from a split, and what its columns mean, is decided in `tasks.py`.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from bitstack_nb import hub
 from bitstack_nb.embedded import EMBEDDED_VERSION, embedded_split
+from bitstack_nb.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +114,7 @@ class _Folder:
             )
         try:
             for file in files:
-                with file.open("rb") as stream:
-                    self._sha256[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+                self._sha256[file.name] = sha256(file)
             return datasets.load_dataset(
                 "parquet", data_files={split: [str(file) for file in files]}, split=split
             )

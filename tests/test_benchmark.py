@@ -277,16 +277,31 @@ def test_half_precision_is_on_in_every_stage_and_evaluation(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("damage", ["model.safetensors", "numbers.json", "masks.safetensors"])
 def test_a_damaged_state_says_what_to_delete(tmp_path, monkeypatch, damage):
-    state = stop_after_first_stage(STRATEGIES["bitstack"], tmp_path, monkeypatch)
-    file = state / "stage-1" / damage
-    file.write_bytes(file.read_bytes()[:100])
+    state = stop_in_stage(2, STRATEGIES["bitstack"], tmp_path, monkeypatch)
+    cut(state / "stage-1" / damage)
     with pytest.raises(ValueError, match=f"damaged.*delete {state}") as caught:
         run(STRATEGIES["bitstack"], output=tmp_path)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("damage", ["model.safetensors", "numbers.json", "heads.safetensors"])
+def test_behind_a_damaged_stage_the_one_before_is_taken(results, tmp_path, monkeypatch, damage):
+    """On a synced drive the newest files may not have arrived whole."""
+    state = stop_in_stage(3, STRATEGIES["bitstack"], tmp_path, monkeypatch)
+    assert sorted(folder.name for folder in state.iterdir()) == ["stage-1", "stage-2"]
+    cut(state / "stage-2" / damage)
+    resumed = run(STRATEGIES["bitstack"], output=tmp_path)
+    assert resumed.matrix == results["bitstack"].matrix
+    assert resumed.locks == results["bitstack"].locks
+    assert not state.exists()
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:100])
+
+
 def test_a_state_from_other_data_is_refused(tmp_path, monkeypatch):
-    state = stop_after_first_stage(SMALL, tmp_path, monkeypatch)
+    state = stop_in_stage(2, SMALL, tmp_path, monkeypatch)
     numbers = json.loads((state / "stage-1" / "numbers.json").read_text())
     numbers["origin"]["data"]["imdb"]["sample"]["train"] = "0" * 64
     (state / "stage-1" / "numbers.json").write_text(json.dumps(numbers))
@@ -294,16 +309,16 @@ def test_a_state_from_other_data_is_refused(tmp_path, monkeypatch):
         run(SMALL, output=tmp_path)
 
 
-def stop_after_first_stage(protocol, folder, monkeypatch):
+def stop_in_stage(number, protocol, folder, monkeypatch):
     real = benchmark.train
 
-    def die_in_the_second(*args, seed, **kwargs):
-        if seed == 1:
+    def die(*args, seed, **kwargs):
+        if seed == number - 1:
             raise Killed
         return real(*args, seed=seed, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(benchmark, "train", die_in_the_second)
+        patch.setattr(benchmark, "train", die)
         run(protocol, output=folder)
     return folder / f"{protocol.name}.state"
 

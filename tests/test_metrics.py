@@ -135,14 +135,6 @@ def test_interval_covers_the_mean_as_often_as_it_says():
     assert 0.93 < covered < 0.97
 
 
-def test_paired_difference_is_the_interval_of_the_differences():
-    a, b = [50.0, 60.0, 71.0], [49.0, 58.0, 70.0]
-    assert metrics.paired_difference(a, b) == metrics.mean_interval([1.0, 2.0, 1.0])
-    # Seeds that are hard for both do not widen it.
-    assert metrics.paired_difference(a, b)[1] < metrics.mean_interval(a)[1]
-    assert metrics.paired_difference([1.0], [3.0]) == (-2.0, None)
-
-
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [None, 2.0], [[1.0], [2.0]]])
 def test_an_interval_needs_finite_numbers(values):
     with pytest.raises(ValueError, match="finite numbers"):
@@ -150,8 +142,6 @@ def test_an_interval_needs_finite_numbers(values):
 
 
 def test_other_bad_arguments():
-    with pytest.raises(ValueError, match="2 and 1 values"):
-        metrics.paired_difference([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="95"):
         metrics.mean_interval([1.0, 2.0], 95)
     with pytest.raises(ValueError, match="at least 1"):

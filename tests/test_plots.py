@@ -23,7 +23,7 @@ from bitstack_nb.__main__ import RECORDED, main
 from bitstack_nb.figures import FILE_DPI
 from bitstack_nb.lock_plots import ablation, capacity, lock_heatmaps, mask_bytes
 from bitstack_nb.metrics import forgetting_per_task as points_lost
-from bitstack_nb.metrics import mean_interval, paired_difference
+from bitstack_nb.metrics import mean_interval
 from bitstack_nb.plot_style import DPI, Figure, png
 from bitstack_nb.plots import (
     accuracy_matrices,
@@ -260,12 +260,12 @@ def test_differences_pair_the_seeds_with_the_same_settings():
     ):
         ours, base = ([r.metrics[name] for r in own] for own in (slow[:3], slow[3:]))
         mean, half, seeds = row(ax, "BitStack union\nlearning rate 5e-05, n = 3")
-        assert (mean, half) == pytest.approx(paired_difference(ours, base))
+        assert (mean, half) == pytest.approx(mean_interval(np.subtract(ours, base)))
         assert seeds == pytest.approx(np.subtract(ours, base))
         assert any(list(line.get_xdata()) == [0, 0] for line in ax.lines)
         ours, base = ([r.metrics[name] for r in own] for own in (fast[1:3], fast[3:]))
         pairs = row(ax, "BitStack union\nlearning rate 0.0001, n = 2")[:2]
-        assert pairs == pytest.approx(paired_difference(ours, base))
+        assert pairs == pytest.approx(mean_interval(np.subtract(ours, base)))
     assert row(figure.axes[2], "BitStack union\npublished")[0] == pytest.approx(3.8 - 14.5)
     assert not any("joint" in text.get_text() for text in figure.axes[0].get_yticklabels())
     with_joint = paired_differences([*slow, *runs("joint", learning_rate=5e-5)], baseline="joint")

@@ -177,21 +177,9 @@ def _add_command(commands: argparse._SubParsersAction, name: str, what: str, **d
     if "tasks" not in defaults:
         add("--tasks", type=_list(find_task), metavar="A,B", help=f"in training order: {known}")
     add("--strategy", type=_list(_one_of(STRATEGIES)), metavar="A,B", help=", ".join(STRATEGIES))
-    add("--sparsity", type=_list(float), default=[0.12], metavar="S,S", help="share a task locks")
-    add(
-        "--budget",
-        type=_list(_one_of(BUDGETS)),
-        default=["union"],
-        metavar="B,B",
-        help=" or ".join(BUDGETS),
-    )
-    add(
-        "--importance",
-        type=_list(_one_of(tuple(IMPORTANCE))),
-        default=["gradient"],
-        metavar="I,I",
-        help=" or ".join(IMPORTANCE),
-    )
+    for name, (kind, default, text) in _CHOICES.items():
+        option = f"--{name.replace('_', '-')}"
+        add(option, type=_list(kind), default=[default], metavar="X,X", help=text)
     add("--seeds", type=_list(int), metavar="N,N", help="one run each; the preset's if not given")
     group = parser.add_argument_group("settings", "what is not given is as in the preset")
     for name, (kind, text) in _SETTINGS.items():
@@ -234,7 +222,14 @@ def _one_of(known: Sequence[str]):
 
 
 # Options of which each combination is a run, for the strategies that have them.
-_CHOICES = ("importance", "budget", "sparsity")
+_CHOICES = {
+    "importance": (_one_of(tuple(IMPORTANCE)), "gradient", " or ".join(IMPORTANCE)),
+    "budget": (_one_of(BUDGETS), "union", " or ".join(BUDGETS)),
+    "sparsity": (float, Protocol.sparsity, "share a task locks"),
+    "strength": (float, Protocol.strength, "of the penalty of ewc"),
+    "rank": (int, Protocol.rank, "of the adapters of lora"),
+    "replay_size": (int, Protocol.replay_size, "examples that replay keeps of a task"),
+}
 _SETTINGS = {
     "model": (str, "Hub name or folder of a sequence classifier; tiny-gpt2 is made on the spot"),
     "data": (str, "embedded (synthetic), hub, or a folder with <dataset>/train.parquet"),

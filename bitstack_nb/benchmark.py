@@ -132,13 +132,14 @@ class _Sequence:
         return self._result()
 
     def _train(self, number: int, stage: list[int], bar: tqdm) -> None:
-        model = self._module(stage)
+        rows = self._rows(stage)
+        model = self._module(rows)
         with self._timed("begin"):
-            self.strategy.before_stage(self._loader(number, stage))
+            self.strategy.before_stage(number, self._loader(number, rows))
         with self._timed("train"):
             train(
                 model,
-                self._stage_data(stage),
+                _mixed(rows),
                 self.collate,
                 protocol=self.protocol,
                 seed=self._seed(number),
@@ -148,7 +149,7 @@ class _Sequence:
 
     def _lock(self, number: int, stage: list[int]) -> None:
         with self._timed("update"):
-            self.strategy.after_stage(self._loader(number, stage))
+            self.strategy.after_stage(number, self._loader(number, self._rows(stage)))
         if (stats := self.strategy.stats()) is not None:
             self.numbers["lock_stats"].append(stats)
 
@@ -167,30 +168,24 @@ class _Sequence:
         row = [f"{a:.1f}" for a in self.numbers["matrix"][last][: last + 1]]
         logger.info("%s after task %d: %s", self.protocol.name, last + 1, " ".join(row))
 
-    def _loader(self, number: int, stage: list[int]) -> DataLoader:
+    def _rows(self, stage: list[int]) -> dict[int, Dataset]:
+        return self.strategy.rows(stage, self.train_data, self.protocol)
+
+    def _loader(self, number: int, rows: dict[int, Dataset]) -> DataLoader:
         """The stage's training data in an order of its own, for the strategy."""
         return DataLoader(
-            self._stage_data(stage),
+            _mixed(rows),
             batch_size=self.protocol.batch_size,
             shuffle=True,
             generator=torch.Generator().manual_seed(self._seed(number)),
             collate_fn=self.collate,
         )
 
-    def _module(self, stage: list[int]) -> torch.nn.Module:
-        if len(stage) > 1:
+    def _module(self, rows: dict[int, Dataset]) -> torch.nn.Module:
+        if len(rows) > 1:
             return MultiHead(self.heads)
-        return self.heads.use(self.protocol.tasks[stage[0]].name)
-
-    def _stage_data(self, stage: list[int]) -> Dataset:
-        if len(stage) == 1:
-            return self.train_data[stage[0]]
-        parts = [self.train_data[task] for task in stage]
-        marked = [
-            part.add_column("task", [task] * len(part))
-            for task, part in zip(stage, parts, strict=True)
-        ]
-        return concatenate_datasets(marked)
+        (task,) = rows
+        return self.heads.use(self.protocol.tasks[task].name)
 
     def _seed(self, number: int) -> int:
         """A seed of its own for each stage, so that a resumed run repeats it exactly."""
@@ -198,7 +193,7 @@ class _Sequence:
 
     def _batches(self, done: int) -> int:
         return sum(
-            self.inputs.training_batches(stage, self.protocol)
+            self.inputs.training_batches(self._rows(stage), self.protocol)
             + self.inputs.evaluation_batches(stage[-1], self.protocol)
             for stage in self.stages[done:]
         )
@@ -285,7 +280,16 @@ class _Sequence:
             times={**times, "total": sum(sum(parts) for parts in times.values())},
             peak_memory=self.numbers["peak_memory"],
             provenance=self.numbers["origin"],
+            storage={"bytes": self.strategy.storage(self.train_data)},
         )
+
+
+def _mixed(rows: dict[int, Dataset]) -> Dataset:
+    """Rows of one task as they are; of several together, each marked with its task's index."""
+    if len(rows) == 1:
+        return next(iter(rows.values()))
+    marked = [part.add_column("task", [task] * len(part)) for task, part in rows.items()]
+    return concatenate_datasets(marked)
 
 
 def _peak_memory(before: dict[str, float], device: torch.device) -> dict[str, float]:

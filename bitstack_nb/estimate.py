@@ -57,7 +57,8 @@ def _total(left: list[tuple[Protocol, list[list[int]]]], device: torch.device) -
         step, forward, measure = _seconds(inputs, left[0][0], device)
     for protocol, stages in left:
         for stage in stages:
-            total += step * inputs.training_batches(stage, protocol)
+            rows = STRATEGIES[protocol.strategy].rows(stage, inputs.train, protocol)
+            total += step * inputs.training_batches(rows, protocol)
             total += forward * inputs.evaluation_batches(stage[-1], protocol)
             total += measure * (protocol.n_batches or 0)
     return total

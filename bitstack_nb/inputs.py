@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -32,10 +33,11 @@ class Inputs:
     test: list[Dataset]
     collate: Collate
 
-    def training_batches(self, stage: list[int], protocol: Protocol) -> int:
-        """Steps of a stage that trains on these tasks together."""
-        rows = sum(len(self.train[task]) for task in stage)
-        return ceil(protocol.epochs * ceil(rows / protocol.batch_size))
+    @staticmethod
+    def training_batches(rows: Mapping[int, Dataset], protocol: Protocol) -> int:
+        """Steps of a stage that trains on these rows together."""
+        count = sum(map(len, rows.values()))
+        return ceil(protocol.epochs * ceil(count / protocol.batch_size))
 
     def evaluation_batches(self, last: int, protocol: Protocol) -> int:
         """Batches (of four times the training batch) that evaluating the tasks up to this takes."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bitstack_nb.metrics import mean_interval
+from bitstack_nb.plain_json import canonical
+from bitstack_nb.protocol import OWN_SETTINGS
 from bitstack_nb.results import Result, ResultError
 from bitstack_nb.tables import column_value, configurations
 
@@ -20,22 +22,44 @@ if TYPE_CHECKING:
 
 # Column -> whether more of it is better.
 METRICS = {"average_accuracy": True, "learning_accuracy": True, "forgetting": False}
+_RATES = ("learning_rate", "head_learning_rate")
+_DRAW = ("seed", "tasks")
 
 
 def partner(result: Result, results: Iterable[Result], strategy: str) -> Result | None:
-    """The run of ``strategy`` that agrees with ``result`` in all settings that both have.
+    """The run of ``strategy`` on the same seed, order of the tasks and settings; None without one.
 
-    Seed, order of the tasks, data and model included; None if there is no such run.
+    Settings that one of the two strategies does not have are no difference. Learning rates are one
+    where the baseline was run at several: then they have to be equal. Where all of its runs
+    (whatever their seeds) have the same rates, these were tuned for it, and may be others than
+    those of ``result``.
     """
-    for other in results:
-        own = {k: v for k, v in other.protocol.items() if k != "strategy" and v is not None}
-        if (
-            other.protocol["strategy"] == strategy
-            and other.provenance.get("published") == result.provenance.get("published")
-            and all(result.protocol.get(name) == value for name, value in own.items())
-        ):
-            return other
-    return None
+    alike = [other for other in results if _comparable(result, other, strategy)]
+    if len({_rates(other) for other in alike}) > 1:
+        alike = [other for other in alike if _rates(other) == _rates(result)]
+    draw = [result.protocol.get(name) for name in _DRAW]
+    return next((o for o in alike if [o.protocol.get(name) for name in _DRAW] == draw), None)
+
+
+def _comparable(result: Result, other: Result, strategy: str) -> bool:
+    """Whether a run is of the strategy, and agrees in all but rates, seed and order of tasks."""
+    if other.protocol["strategy"] != strategy:
+        return False
+    own, others = ({*OWN_SETTINGS.get(r.protocol["strategy"], ())} for r in (result, other))
+    left_out = {"strategy", *_RATES, *_DRAW, *(own ^ others)}
+    settings = [
+        {k: v for k, v in r.protocol.items() if k not in left_out and v is not None}
+        | {"tasks": sorted(map(canonical, r.protocol.get("tasks") or []))}
+        | {"published": r.provenance.get("published")}
+        for r in (result, other)
+    ]
+    return settings[0] == settings[1]
+
+
+def _rates(result: Result) -> tuple[float | None, float | None]:
+    """The learning rates of the backbone and of the heads."""
+    rate = result.protocol.get("learning_rate")
+    return rate, result.protocol.get("head_learning_rate") or rate
 
 
 def difference(

@@ -45,7 +45,14 @@ _STYLE = {
 _STRATEGIES = {
     "finetune": "fine-tuning",
     "bitstack": "BitStack",
+    "bitstack-strict": "BitStack strict",
+    "random-mask": "random mask",
+    "magnitude-mask": "magnitude mask",
     "recall": "exact recall",
+    "frozen": "frozen backbone",
+    "ewc": "EWC",
+    "lora": "LoRA",
+    "single": "separate models",
     "joint": "joint training",
 }
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,12 +17,32 @@ from bitstack_nb.sampling import SAMPLINGS
 from bitstack_nb.settings import check_settings
 from bitstack_nb.tasks import EVALUATIONS, FIVE_TASKS, Task, find_task
 
-STRATEGIES = ("finetune", "bitstack", "recall", "joint")
-# Settings that mean something to one strategy only; they are left out of the others' record, so
+STRATEGIES = (
+    "finetune",
+    "bitstack",
+    "bitstack-strict",
+    "random-mask",
+    "magnitude-mask",
+    "recall",
+    "frozen",
+    "ewc",
+    "replay",
+    "lora",
+    "single",
+    "joint",
+)
+_LOCKING = ("sparsity", "budget", "n_batches", "importance")
+# Settings that mean something to some strategies only; they are left out of the others' record, so
 # that fine-tuning at two sparsities is one run.
 OWN_SETTINGS = {
-    "bitstack": ("sparsity", "budget", "n_batches", "importance"),
+    "bitstack": _LOCKING,
+    "bitstack-strict": _LOCKING,
+    "random-mask": _LOCKING,
+    "magnitude-mask": _LOCKING,
     "recall": ("sparsity", "n_batches", "importance"),
+    "ewc": ("strength", "n_batches"),
+    "replay": ("replay_size",),
+    "lora": ("rank",),
 }
 _POSITIVE = (
     "epochs",
@@ -30,6 +52,14 @@ _POSITIVE = (
     "train_size",
     "test_size",
 )
+_REAL = (
+    "sparsity",
+    "strength",
+    "epochs",
+    "learning_rate",
+    "head_learning_rate",
+    "weight_decay",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +67,15 @@ class Protocol:
     """One run: a strategy on a sequence of tasks. The defaults are the preset ``smoke``.
 
     Args:
-        strategy: ``finetune``, ``bitstack``, ``recall`` (BitStack's mode of that name) or ``joint``
-            (all tasks at once, the upper bound).
-        sparsity, budget, n_batches, importance: of :class:`bitstack_nb.BitStack`; ignored by the
-            others, and ``budget`` by ``recall``. No importance is ``gradient``.
+        strategy: ``finetune``; ``bitstack``; ``bitstack-strict`` (embeddings, norms and biases
+            frozen too after the first task); ``random-mask`` and ``magnitude-mask`` (as many
+            entries as BitStack locks, drawn or the largest); ``recall`` (BitStack's mode of that
+            name); ``frozen`` (the backbone after the first task), ``ewc``, ``replay``, ``lora``
+            (an adapter per task); ``single`` (a model per task) and ``joint`` (all tasks at once),
+            the upper bounds.
+        sparsity, budget, n_batches, importance: of :class:`bitstack_nb.BitStack` and the controls;
+            ignored by the others, but ``n_batches`` not by ``ewc``, which takes its Fisher from as
+            many examples, and ``budget`` by ``recall``. No importance is ``gradient``.
         model: ``tiny-gpt2`` (made on the spot), a Hub name or a folder.
         data: ``embedded`` (synthetic), ``hub``, or a folder of Parquet files.
         tasks: in training order; names of the known ones or own :class:`Task` objects.
@@ -51,6 +86,9 @@ class Protocol:
         batch_size: examples per step, in training and in measuring importance.
         learning_rate, weight_decay, warmup_steps: of AdamW with a linear schedule, per task.
         head_learning_rate: of the heads, if it is another than the backbone's.
+        strength: of the penalty of ``ewc``.
+        rank: of the adapters of ``lora``.
+        replay_size: examples of each earlier task that ``replay`` trains on again.
         sampling: ``stratified`` (drawn) or ``head`` (the published slices).
         evaluate_on: ``test``, or ``heldout`` training data, for choosing settings.
     """
@@ -75,6 +113,9 @@ class Protocol:
     evaluate_on: str = "test"
     importance: str | None = None
     head_learning_rate: float | None = None
+    strength: float | None = 1000
+    rank: int | None = 8
+    replay_size: int | None = 100
 
     def __post_init__(self) -> None:
         tasks = tuple(find_task(t) if isinstance(t, str) else t for t in self.tasks)
@@ -100,16 +141,7 @@ class Protocol:
                 f"tiny-gpt2 knows the embedded tasks' words only, but data is {self.data!r}: name "
                 "a pretrained model, such as --model sentence-transformers/all-MiniLM-L6-v2"
             )
-        importance = self.importance or "gradient"
-        if self.strategy == "bitstack":
-            check_settings(self.sparsity, budget=self.budget, importance=importance)
-        if self.strategy == "recall":
-            check_settings(self.sparsity, mode="recall", importance=importance)
-            if self.sparsity * len(tasks) > 1 + 1e-9:
-                raise ValueError(
-                    f"sparsity is {self.sparsity:g}, but {len(tasks)} tasks have room in one set "
-                    f"of weights up to {1 / len(tasks):g}: each owns entries of its own"
-                )
+        self._check_own_settings()
         own = OWN_SETTINGS.get(self.strategy, ())
         for name in {n for names in OWN_SETTINGS.values() for n in names}.difference(own):
             object.__setattr__(self, name, None)
@@ -117,11 +149,30 @@ class Protocol:
             object.__setattr__(self, "importance", None)
         if self.head_learning_rate == self.learning_rate:
             object.__setattr__(self, "head_learning_rate", None)
-        for name in ("sparsity", "epochs", "learning_rate", "head_learning_rate", "weight_decay"):
+        for name in _REAL:
             # 1 and 1.0 are one protocol. Not so for sizes: 1.0 is the whole split.
             value = getattr(self, name)
             if value is not None and float(value).is_integer():
                 object.__setattr__(self, name, int(value))
+
+    def _check_own_settings(self) -> None:
+        """Raise a ValueError for a setting that means something to the strategy and is wrong."""
+        own = OWN_SETTINGS.get(self.strategy, ())
+        if "sparsity" in own:
+            mode = {"budget": self.budget} if "budget" in own else {"mode": "recall"}
+            check_settings(self.sparsity, importance=self.importance or "gradient", **mode)
+        if self.strategy == "recall" and self.sparsity * len(self.tasks) > 1 + 1e-9:
+            raise ValueError(
+                f"sparsity is {self.sparsity:g}, but {len(self.tasks)} tasks have room in one set "
+                f"of weights up to {1 / len(self.tasks):g}: each owns entries of its own"
+            )
+        strength = self.strength
+        if "strength" in own and not (isinstance(strength, Real) and 0 <= strength < math.inf):
+            raise ValueError(f"strength is {strength!r}, expected a number from 0 on, as 1000")
+        for name in ("rank", "replay_size"):
+            value = getattr(self, name)
+            if name in own and not (isinstance(value, int) and value > 0):
+                raise ValueError(f"{name} is {value!r}, expected a whole number, at least 1")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able record; settings that the strategy ignores are left out.

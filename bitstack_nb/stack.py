@@ -140,7 +140,35 @@ class BitStack:
             for name in self._locks.names:
                 scores[name].masked_fill_(self._locks.mask(name), 0)
         budget = round(self.settings["sparsity"] * self._locks.eligible)
-        self._locks.add(select.top_masks(scores, budget))
+        return self.lock(select.top_masks(scores, budget))
+
+    def lock(self, chosen: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Lock these entries as a task's, however they were chosen; mode ``"protect"`` only.
+
+        Args:
+            chosen: a bool mask of the parameter's shape and on its device for every name in
+                :attr:`masks`.
+
+        Returns:
+            The new :meth:`stats`.
+
+        Raises:
+            ValueError: the masks are not those of the eligible parameters.
+            RuntimeError: the mode is another.
+        """
+        if self._recall is not None:
+            raise RuntimeError(
+                'lock() needs a stack of mode "protect": in "recall" begin() chooses'
+            )
+        shapes = {name: (m.dtype, m.shape) for name, m in chosen.items()}
+        expected = {name: (torch.bool, p.shape) for name, p in self._locks.parameters.items()}
+        if shapes != expected:
+            names = sorted(n for n in shapes | expected if shapes.get(n) != expected.get(n))
+            raise ValueError(
+                f"chosen does not fit in {', '.join(names[:3])}{' ...' if names[3:] else ''}: "
+                "expected a bool mask of the parameter's shape for every name in masks"
+            )
+        self._locks.add(chosen)
         self._guard.add_gradient_hooks()
         logger.info("locked %s", stats := self.stats())
         return stats

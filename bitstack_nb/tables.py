@@ -14,7 +14,8 @@ from bitstack_nb.results import Result, ResultError
 if TYPE_CHECKING:
     import pandas as pd
 
-# Table column -> heading. All in percent or points; the half width stands in "<column>_interval".
+# Table column -> heading. In percent or points if nothing else is said; the half width stands in
+# "<column>_interval".
 COLUMNS = {
     "average_accuracy": "average accuracy",
     "learning_accuracy": "learning accuracy",
@@ -23,6 +24,7 @@ COLUMNS = {
     "first_task_after_last": "task 1 after the last",
     "locked_of_eligible": "locked % of eligible",
     "locked_of_all": "locked % of all",
+    "storage_per_task": "kB per task",
 }
 
 
@@ -64,14 +66,17 @@ def table(results: Iterable[Result]) -> pd.DataFrame:
 
     Columns: what ``configurations`` shows; ``seeds`` (how many); then each of COLUMNS and, as
     ``<column>_interval``, the half width of its 95 % Student interval, NaN for one seed. A mean is
-    NaN where a seed lacks it. Raises ResultError as ``configurations`` does.
+    NaN where a seed lacks it; storage is left out where no run has recorded any. Raises ResultError
+    as ``configurations`` does.
     """
     import pandas as pd
 
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         item.shown | {"seeds": len(item.results)} | _averages(item.results)
         for item in configurations(results)
     )
+    unknown = frame["storage_per_task"].isna().all()
+    return frame.drop(columns=list(frame.filter(like="storage_per_task"))) if unknown else frame
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
@@ -186,6 +191,9 @@ def column_value(result: Result, name: str) -> float | None:
     locked = {"locked_of_eligible": "frozen_pct", "locked_of_all": "locked_pct"}
     if name in locked:
         return result.lock_stats[-1].get(locked[name]) if result.lock_stats else None
+    if name == "storage_per_task":
+        stored = result.storage.get("bytes")
+        return None if stored is None else stored / 1000 / len(result.protocol["tasks"])
     return result.metrics.get(name)
 
 

@@ -16,6 +16,7 @@ from toy_data import TASK, write_toy
 from bitstack_nb import Protocol, Result, Task, benchmark, load_results, run, stack, training
 from bitstack_nb.backbones import collate, encode, load_backbone
 from bitstack_nb.heads import Heads
+from bitstack_nb.inputs import load_inputs
 from bitstack_nb.protocol import STRATEGIES as PROTOCOL_STRATEGIES
 from bitstack_nb.strategies import STRATEGIES as STRATEGY_CLASSES
 from bitstack_nb.tasks import find_task, load_task
@@ -30,6 +31,14 @@ STRATEGIES = {
     "bitstack": SMALL.with_strategy("bitstack", budget="fresh"),
     "recall": replace(SMALL, head_learning_rate=1e-2).with_strategy("recall", sparsity=0.3),
     "joint": SMALL.with_strategy("joint"),
+    "bitstack-strict": SMALL.with_strategy("bitstack-strict"),
+    "random-mask": SMALL.with_strategy("random-mask", budget="fresh"),
+    "magnitude-mask": SMALL.with_strategy("magnitude-mask"),
+    "frozen": replace(SMALL, head_learning_rate=1e-2).with_strategy("frozen"),
+    "ewc": SMALL.with_strategy("ewc", n_batches=2),
+    "replay": SMALL.with_strategy("replay", replay_size=10),
+    "lora": SMALL.with_strategy("lora", rank=2),
+    "single": SMALL.with_strategy("single"),
 }
 
 
@@ -87,7 +96,8 @@ def test_locks_follow_the_budget(results):
     assert results["finetune"].lock_stats == results["finetune"].locks == []
 
 
-def test_recall_forgets_nothing(results, tmp_path, monkeypatch):
+@pytest.mark.parametrize("strategy", ["recall", "lora", "single"])
+def test_a_model_per_task_forgets_nothing(tmp_path, monkeypatch, strategy):
     """Every task is predicted, row by row, as just after it was trained."""
     predictions = {}
 
@@ -104,7 +114,7 @@ def test_recall_forgets_nothing(results, tmp_path, monkeypatch):
 
     predictions_of = []
     monkeypatch.setattr(benchmark, "accuracy", watched)
-    result = run(STRATEGIES["recall"], output=tmp_path)
+    result = run(STRATEGIES[strategy], output=tmp_path)
     logits = list(predictions.values())  # tasks 1; 1, 2; 1, 2, 3
     assert len(logits) == 6
     for first, *later in ((0, 1, 3), (2, 4)):
@@ -114,7 +124,10 @@ def test_recall_forgets_nothing(results, tmp_path, monkeypatch):
         assert len({row[task] for row in result.matrix[task:]}) == 1
     assert result.metrics["forgetting"] == result.metrics["forgetting_chaudhry"] == 0
     assert result.metrics["average_accuracy"] == result.metrics["learning_accuracy"]
-    owned = [stats["frozen_pct"] for stats in result.lock_stats]
+
+
+def test_recall_gives_each_task_its_share(results):
+    owned = [stats["frozen_pct"] for stats in results["recall"].lock_stats]
     assert owned == pytest.approx([30, 60, 90], abs=0.1)
 
 
@@ -143,8 +156,13 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing in the package catches it."""
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("where", ["training", "evaluation"])
+@pytest.mark.parametrize(
+    ("strategy", "where"),
+    [
+        *((name, "training") for name in STRATEGIES),
+        *((name, "evaluation") for name in ("finetune", "bitstack", "recall", "joint")),
+    ],
+)
 def test_killed_run_ends_like_an_unbroken_one(results, tmp_path, monkeypatch, strategy, where):
     protocol = STRATEGIES[strategy]
     calls = {"training": 0, "evaluation": 0}
@@ -169,6 +187,7 @@ def test_killed_run_ends_like_an_unbroken_one(results, tmp_path, monkeypatch, st
     resumed = run(protocol, output=tmp_path)
     assert resumed.matrix == results[strategy].matrix
     assert resumed.locks == results[strategy].locks
+    assert resumed.storage == results[strategy].storage
     assert [item.name for item in tmp_path.iterdir()] == [f"{protocol.name}.json"]
 
 
@@ -322,7 +341,7 @@ def test_the_heads_have_a_rate_of_their_own(tmp_path, monkeypatch):
                     rates[id(parameter) in backbone].add(group["lr"])
             stepped = [id(p) for group in optimizer.param_groups for p in group["params"]]
             assert len(set(stepped)) == len(stepped)
-            assert {id(p) for p in model.parameters()} <= set(stepped)
+            assert {id(p) for p in model.parameters() if p.requires_grad} <= set(stepped)
             assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.01}
             seen.append((rates[True].pop(), rates[False].pop()))
             assert rates == {True: set(), False: set()}
@@ -333,12 +352,41 @@ def test_the_heads_have_a_rate_of_their_own(tmp_path, monkeypatch):
         real(*args, callbacks=[*callbacks, Rates()], **kwargs)
 
     monkeypatch.setattr(benchmark, "train", watched)
-    for strategy in STRATEGIES:
+    for strategy in ("finetune", "bitstack", "recall", "joint", "replay", "lora"):
         protocol = replace(SMALL, tasks=SMALL.tasks[:2], head_learning_rate=2e-2, warmup_steps=2)
         run(protocol.with_strategy(strategy), output=tmp_path)
         assert max(backbone for backbone, _ in seen) == pytest.approx(2e-3)
         assert all(head == pytest.approx(10 * backbone) for backbone, head in seen)
         seen.clear()
+
+
+def test_replay_mixes_in_training_rows_of_earlier_tasks(tmp_path, monkeypatch):
+    """Each row of an earlier task is one of its training rows, and goes to its own head."""
+    protocol = replace(STRATEGIES["replay"], tasks=SMALL.tasks[:2])
+    inputs = load_inputs(protocol, torch.device("cpu"))
+    seen = []
+
+    def watched(model, data, *args, **kwargs):
+        seen.append((type(model), data.to_list()))
+
+    monkeypatch.setattr(benchmark, "train", watched)
+    result = run(protocol, output=tmp_path)
+    (_, first), (module, second) = seen
+    assert first == inputs.train[0].to_list() and module is MultiHead
+    earlier = [row for row in second if row.pop("task") == 0]
+    assert len(earlier) == 10 and all(row in first for row in earlier)
+    assert second[: len(inputs.train[1])] == inputs.train[1].to_list()
+    assert result.storage["bytes"] > 10 * 4
+
+
+def test_a_run_records_what_its_tasks_take(results):
+    stored = {name: result.storage["bytes"] for name, result in results.items()}
+    assert stored["finetune"] == stored["joint"] == stored["frozen"] == 0
+    masks = results["bitstack"].lock_stats[0]["eligible"] / 8
+    assert masks <= stored["bitstack"] == stored["random-mask"] < 1.01 * masks
+    values = 4 * results["recall"].lock_stats[-1]["locked"]
+    assert stored["recall"] == pytest.approx(values + 2 * masks, rel=0.01)
+    assert stored["single"] > stored["recall"] > stored["lora"] > stored["bitstack"]
 
 
 def test_names_depend_on_what_matters():
@@ -358,6 +406,10 @@ def test_names_depend_on_what_matters():
         for p in (recall, replace(recall, importance="fisher"), replace(recall, sparsity=0.2))
     }
     assert len(more | {replace(SMALL, head_learning_rate=1.0).name, SMALL.name}) == 5
+    for strategy, setting, value in (("ewc", "strength", 5), ("lora", "rank", 4)):
+        own = SMALL.with_strategy(strategy)
+        assert own.name != replace(own, **{setting: value}).name
+        assert SMALL.name == replace(SMALL, **{setting: value}).name
     assert replace(SMALL, epochs=1.0, weight_decay=0.0) == replace(SMALL, weight_decay=0)
     assert replace(SMALL, train_size=1.0).name != replace(SMALL, train_size=1).name
 
@@ -380,6 +432,10 @@ def test_names_depend_on_what_matters():
         ({"strategy": "recall", "importance": "luck"}, "luck.*fisher"),
         ({"strategy": "recall", "sparsity": 0.3}, r"sparsity is 0\.3.*5 tasks.*0\.2"),
         ({"head_learning_rate": 0}, "head_learning_rate is 0"),
+        ({"strategy": "random-mask", "budget": "new"}, "new.*fresh"),
+        ({"strategy": "ewc", "strength": -1}, "strength is -1.*0 on"),
+        ({"strategy": "lora", "rank": 0}, "rank is 0.*at least 1"),
+        ({"strategy": "replay", "replay_size": 0.5}, "replay_size is 0.5.*whole"),
     ],
 )
 def test_bad_protocols_say_what_to_do(settings, message):

@@ -90,6 +90,14 @@ def test_recall_at_every_sparsity_and_importance(tmp_path, capsys):
     assert "| recall" in capsys.readouterr().out
 
 
+def test_a_rival_at_every_value_of_its_own_setting(tmp_path, capsys):
+    options = ["--strategy", "lora,frozen", "--rank", "1,3", "--output", str(tmp_path), "--quiet"]
+    assert main(["run", *FAST, *options]) == 0
+    runs = [(r.protocol["strategy"], r.protocol.get("rank")) for r in load_results(tmp_path)]
+    assert sorted(runs, key=str) == [("frozen", None), ("lora", 1), ("lora", 3)]
+    assert "kB per task" in capsys.readouterr().out
+
+
 def test_stronger_is_two_tasks_on_the_model_named(tmp_path, capsys):
     options = ["--model", "tiny-gpt2", "--data", "embedded", "--output", str(tmp_path), "--quiet"]
     assert main(["stronger", *FAST[2:], *options]) == 0

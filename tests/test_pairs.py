@@ -38,6 +38,38 @@ def test_a_partner_agrees_in_all_that_both_say():
     assert partner(own, [*others, match], "finetune") is match
 
 
+def test_a_baseline_tuned_by_itself_is_paired_across_rates():
+    """Only where it was run at one rate, whatever the seed: else nobody says which was tuned."""
+    own = run("recall", 1, learning_rate=1e-3, head_learning_rate=1e-2)
+    tuned = [run("finetune", seed, learning_rate=5e-5) for seed in SEEDS]
+    assert partner(own, tuned, "finetune") is tuned[1]
+    several = [*tuned, run("finetune", 2, learning_rate=1e-3)]
+    assert partner(own, several, "finetune") is None
+    equal = run("finetune", 1, learning_rate=1e-3, head_learning_rate=1e-2)
+    assert partner(own, [*several, equal], "finetune") is equal
+    assert partner(own, [run("finetune", 1, learning_rate=1e-3)], "finetune") is not None
+    other = run("finetune", 3, learning_rate=1e-3, data="elsewhere")  # no run on these data
+    assert partner(own, [*tuned, other], "finetune") is tuned[1]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"epochs": 2}, {"data": "x"}, {"model": "x"}, {"train_size": 5}]
+)
+def test_a_partner_has_the_same_budget_data_and_model(settings):
+    assert partner(run(), [run("finetune", **settings)], "finetune") is None
+    assert partner(run(**settings), [run("finetune")], "finetune") is None
+
+
+def test_settings_that_only_one_of_two_strategies_has_are_no_difference():
+    lora = run("lora", rank=8)
+    assert partner(run("ewc", strength=10), [lora], "lora") is lora
+    assert partner(lora, [locked := run("bitstack")], "bitstack") is locked
+    drawn = {"sparsity": 0.12, "budget": "union"}
+    assert partner(run("random-mask", **drawn), [locked], "bitstack") is locked
+    fresh = {**drawn, "budget": "fresh"}
+    assert partner(run("random-mask", **fresh), [locked], "bitstack") is None
+
+
 @pytest.mark.parametrize("column", METRICS)
 def test_the_table_is_the_mean_of_the_differences(column):
     row = paired_table([*RESULTS, published("bitstack", 3.8)]).iloc[0]

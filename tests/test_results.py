@@ -250,6 +250,15 @@ def test_an_average_is_missing_where_a_seed_lacks_it():
     assert math.isnan(row["forgetting"]) and row["average_accuracy"] == 75
 
 
+def test_storage_is_shown_where_a_run_has_recorded_it():
+    assert "storage_per_task" not in table([make()])
+    stored = make("lora", budget=None)
+    stored.storage = {"bytes": 6000}
+    frame = table([make(), stored]).set_index("strategy")["storage_per_task"]
+    assert frame["lora"] == 6 / len(stored.protocol["tasks"]) and math.isnan(frame["bitstack"])
+    assert "kB per task" in format_table(table([stored]))
+
+
 def test_a_table_needs_results():
     with pytest.raises(ResultError, match="at least one"):
         table([])

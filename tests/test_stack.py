@@ -257,5 +257,44 @@ class Selection(Case):
         self.assertEqual(twin.verify(), 0)
 
 
+class Chosen(Case):
+    """lock(): entries that were chosen in another way."""
+
+    def test_what_is_chosen_is_locked_and_adds_up(self):
+        model = tiny.plain()
+        stack = BitStack(model)
+        none = {name: torch.zeros_like(mask) for name, mask in stack.masks.items()}
+        first, second = ({**none} for _ in range(2))
+        first["blocks.0.up.weight"] = none["blocks.0.up.weight"].clone()
+        first["blocks.0.up.weight"][0] = True
+        second["blocks.0.up.weight"] = none["blocks.0.up.weight"].clone()
+        second["blocks.0.up.weight"][:2] = True
+        width = first["blocks.0.up.weight"].shape[1]
+        self.assertEqual(stack.lock(first)["locked"], width)
+        self.assertEqual(stack.lock(second)["locked"], 2 * width)
+        self.assert_same_masks(stack.masks, second)
+        optimizer = adamw(model)
+        stack.attach(optimizer)
+        before = model.blocks[0].up.weight.detach().clone()
+        tiny.train(model, optimizer, tiny.batches(3, seed=0))
+        self.assertTrue(torch.equal(before[:2], model.blocks[0].up.weight[:2]))
+        self.assertFalse(torch.equal(before[2:], model.blocks[0].up.weight[2:]))
+
+    def test_masks_that_do_not_fit_are_named(self):
+        stack = BitStack(tiny.plain())
+        masks = {name: mask.clone() for name, mask in stack.masks.items()}
+        wrong = [
+            {**masks, "blocks.0.up.bias": torch.zeros(3, dtype=torch.bool)},
+            {**masks, "blocks.0.up.bias": masks["blocks.0.up.bias"].float()},
+            {name: mask for name, mask in masks.items() if name != "blocks.0.up.bias"},
+        ]
+        for chosen in wrong:
+            with self.assertRaisesRegex(ValueError, "blocks.0.up.bias"):
+                stack.lock(chosen)
+        self.assertEqual(stack.stats()["locked"], 0)
+        with self.assertRaisesRegex(RuntimeError, "protect"):
+            BitStack(tiny.plain(), mode="recall").lock(masks)
+
+
 if __name__ == "__main__":
     unittest.main()

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load
+
 from bitstack_nb.files import sha256
 
 _NUMBERS = "numbers.json"
@@ -55,6 +58,15 @@ def read_numbers(state: Path, stage: int) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, AttributeError):
         return None
     return numbers if whole else None
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, by name, on the CPU and in memory of their own.
+
+    safetensors' ``load_file`` would map the file, which :func:`remove` empties two stages later:
+    the process ends with a bus error when it touches such a tensor then.
+    """
+    return load(path.read_bytes())
 
 
 def remove(folder: Path) -> None:

@@ -160,7 +160,7 @@ class Killed(BaseException):
     ("strategy", "where"),
     [
         *((name, "training") for name in STRATEGIES),
-        *((name, "evaluation") for name in ("finetune", "bitstack", "recall", "joint")),
+        *((name, "evaluation") for name in ("finetune", "bitstack", "recall", "joint", "single")),
     ],
 )
 def test_killed_run_ends_like_an_unbroken_one(results, tmp_path, monkeypatch, strategy, where):

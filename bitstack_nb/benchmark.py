@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ def run(
         sequence = _Sequence(protocol, found, path.with_suffix(".state"), command)
         result = sequence.run(progress=progress)
     result.save(path)
-    stages.remove(sequence.state)
+    shutil.rmtree(sequence.state, ignore_errors=True)
     return result
 
 

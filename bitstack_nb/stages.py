@@ -42,7 +42,7 @@ def saving(state: Path, stage: int, numbers: Mapping[str, Any]) -> Iterator[Path
     digests = {file.name: sha256(file) for file in temporary.iterdir()}
     (temporary / _NUMBERS).write_text(json.dumps({**numbers, "files": digests}))
     temporary.replace(folder)
-    remove(stage_folder(state, stage - 2))
+    shutil.rmtree(stage_folder(state, stage - 2), ignore_errors=True)
 
 
 def read_numbers(state: Path, stage: int) -> dict[str, Any] | None:
@@ -55,15 +55,3 @@ def read_numbers(state: Path, stage: int) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, AttributeError):
         return None
     return numbers if whole else None
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder, if it is there, each file emptied first.
-
-    Google Drive moves what is deleted to its trash, where it counts against the quota; weights
-    of half a gigabyte after every stage would soon fill it.
-    """
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    shutil.rmtree(folder, ignore_errors=True)

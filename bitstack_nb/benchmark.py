@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -72,7 +73,7 @@ def run(
         sequence = _Sequence(protocol, found, path.with_suffix(".state"), command)
         result = sequence.run(progress=progress)
     result.save(path)
-    stages.remove(sequence.state)
+    shutil.rmtree(sequence.state, ignore_errors=True)
     return result
 
 
@@ -246,13 +247,13 @@ class _Sequence:
         logger.info("resuming %s from %s", self.protocol.name, folder)
         self._check_same(numbers["origin"], folder)
         try:
-            self.heads.load_state_dict(stages.load_tensors(folder / "heads.safetensors"))
+            self.heads.load_state_dict(load_file(folder / "heads.safetensors"))
             # First the strategy, because recall takes the model at its base.
             self.strategy.load(folder)
             # The checkpoint was written with the last task's head in place.
             last = self.stages[numbers["stages_done"] - 1][-1]
             model = self.heads.use(self.protocol.tasks[last].name)
-            model.load_state_dict(stages.load_tensors(folder / "model.safetensors"))
+            model.load_state_dict(load_file(folder / "model.safetensors"))
         except (SafetensorError, MaskFileError, OSError) as error:
             raise ValueError(
                 f"cannot go on from {folder} ({error}): delete {self.state} to start this run again"

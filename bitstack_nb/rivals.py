@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +20,6 @@ from bitstack_nb.finetune import FineTune, n_bytes
 from bitstack_nb.importance import measure
 from bitstack_nb.protocol import Protocol
 from bitstack_nb.rng import undisturbed_rng
-from bitstack_nb.stages import load_tensors
 
 
 class Frozen(FineTune):
@@ -71,7 +70,7 @@ class Single(FineTune):
         """The counterpart of :meth:`save`."""
         device = next(self.model.parameters()).device
         tasks: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in load_tensors(folder / "tasks.safetensors").items():
+        for key, tensor in load_file(folder / "tasks.safetensors").items():
             task, _, name = key.partition("/")
             tasks.setdefault(task, {})[name] = tensor.to(device)
         self._tasks = [tasks[task] for task in sorted(tasks, key=int)]
@@ -160,7 +159,7 @@ class Elastic(FineTune):
     def load(self, folder: Path) -> None:
         """The counterpart of :meth:`save`."""
         device = next(self.model.parameters()).device
-        loaded = load_tensors(folder / "fisher.safetensors")
+        loaded = load_file(folder / "fisher.safetensors")
         self._fisher = {name: fisher.to(device) for name, fisher in loaded.items()}
 
 

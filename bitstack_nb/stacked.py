@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
@@ -18,7 +18,6 @@ from bitstack_nb.finetune import FineTune, n_bytes
 from bitstack_nb.protocol import Protocol
 from bitstack_nb.select import top_masks
 from bitstack_nb.stack import BitStack
-from bitstack_nb.stages import load_tensors
 
 
 class _Stacked(FineTune):
@@ -82,7 +81,7 @@ class Masked(_Stacked):
     def load(self, folder: Path) -> None:
         """The counterpart of :meth:`save`; the hooks are back too."""
         super().load(folder)
-        self._recorder.load_state_dict(load_tensors(folder / "curves.safetensors"))
+        self._recorder.load_state_dict(load_file(folder / "curves.safetensors"))
 
 
 class Strict(Masked):

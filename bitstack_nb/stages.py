@@ -14,9 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load
-
 from bitstack_nb.files import sha256
 
 _NUMBERS = "numbers.json"
@@ -45,7 +42,7 @@ def saving(state: Path, stage: int, numbers: Mapping[str, Any]) -> Iterator[Path
     digests = {file.name: sha256(file) for file in temporary.iterdir()}
     (temporary / _NUMBERS).write_text(json.dumps({**numbers, "files": digests}))
     temporary.replace(folder)
-    remove(stage_folder(state, stage - 2))
+    shutil.rmtree(stage_folder(state, stage - 2), ignore_errors=True)
 
 
 def read_numbers(state: Path, stage: int) -> dict[str, Any] | None:
@@ -58,24 +55,3 @@ def read_numbers(state: Path, stage: int) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, AttributeError):
         return None
     return numbers if whole else None
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, by name, on the CPU and in memory of their own.
-
-    safetensors' ``load_file`` would map the file, which :func:`remove` empties two stages later:
-    the process ends with a bus error when it touches such a tensor then.
-    """
-    return load(path.read_bytes())
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder, if it is there, each file emptied first.
-
-    Google Drive moves what is deleted to its trash, where it counts against the quota; weights
-    of half a gigabyte after every stage would soon fill it.
-    """
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    shutil.rmtree(folder, ignore_errors=True)

@@ -41,6 +41,7 @@ def saving(state: Path, stage: int, numbers: Mapping[str, Any]) -> Iterator[Path
     yield temporary
     digests = {file.name: sha256(file) for file in temporary.iterdir()}
     (temporary / _NUMBERS).write_text(json.dumps({**numbers, "files": digests}))
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one that was passed over
     temporary.replace(folder)
     shutil.rmtree(stage_folder(state, stage - 2), ignore_errors=True)
 

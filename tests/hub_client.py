@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 
-from bitstack_nb import hub
+from bitstack_nb import hub, inputs
 from bitstack_nb.__main__ import main
 from bitstack_nb.tasks import Task, load_task
 
@@ -21,6 +21,7 @@ from bitstack_nb.tasks import Task, load_task
 def answer(request: dict) -> dict:
     logging.root.handlers.clear()
     hub._WAITS = (0.05, 0.1, 0.2, 0.4)  # as many tries as ever, but sooner
+    inputs._load_from_hub.cache_clear()  # each request stands for a process of its own
     start = time.monotonic()
     if "main" in request:
         record = {"code": main(request["main"])}

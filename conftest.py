@@ -7,7 +7,9 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    os.environ["BITSTACK_PRESET"] = "smoke"  # the kernels inherit both
+    os.environ["BITSTACK_PRESET"] = "smoke"  # the kernels inherit all three
+    # For models this small a second thread only waits, for minutes on a machine that is busy.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Empty each time: a finished run is read, not repeated, and would hide what has broken since.
     runs = tempfile.TemporaryDirectory()
     os.environ["BITSTACK_OUTPUT"] = runs.name

@@ -20,7 +20,9 @@ def environment(folder: Path, *, colab: bool, without: Collection[str] = ()) -> 
     """Make an environment in ``folder`` that lacks the packages ``without``; its interpreter."""
     venv.create(folder / "env", symlinks=True)
     python = folder / "env" / "bin" / "python"
-    links = folder / "links" / "site-packages"  # by this name dill tells packages from a user's code
+    links = (
+        folder / "links" / "site-packages"
+    )  # by which dill knows packages
     links.mkdir(parents=True)
     here = [Path(entry) for entry in sys.path if Path(entry).name.endswith("-packages")]
     for entry in (entry for place in here for entry in place.iterdir()):

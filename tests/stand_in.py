@@ -20,9 +20,7 @@ def environment(folder: Path, *, colab: bool, without: Collection[str] = ()) -> 
     """Make an environment in ``folder`` that lacks the packages ``without``; its interpreter."""
     venv.create(folder / "env", symlinks=True)
     python = folder / "env" / "bin" / "python"
-    links = (
-        folder / "links" / "site-packages"
-    )  # by which dill knows packages
+    links = folder / "links" / "site-packages"  # by which dill knows packages
     links.mkdir(parents=True)
     here = [Path(entry) for entry in sys.path if Path(entry).name.endswith("-packages")]
     for entry in (entry for place in here for entry in place.iterdir()):
@@ -69,7 +67,9 @@ def run(
     python: Path, arguments: list[str], cwd: Path, **variables: str
 ) -> subprocess.CompletedProcess:
     """Run the environment's Python, without this process's search path and with an empty home."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    # IPython would add the packages of an active environment, which VIRTUAL_ENV names.
+    left_out = ("PYTHON", "VIRTUAL_ENV")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     return subprocess.run(
         [python, *arguments],
         cwd=cwd,

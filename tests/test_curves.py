@@ -14,17 +14,10 @@ COUNTS = ["layer", "module", "task", "eligible", "selected", "added", "locked"]
 LOADERS = [tiny.batches(2, seed=seed) for seed in range(3)]
 
 
-def record(stack: BitStack, loaders=LOADERS) -> CurveRecorder:
-    recorder = CurveRecorder(stack.masks)
-    for loader in loaders:
-        stack.update(loader, observe=recorder.add)
-    return recorder
-
-
 @pytest.fixture(scope="module")
 def curves():
     """Of three tasks; the weights stay as they are, so every sparsity has the same importance."""
-    return record(BitStack(tiny.gpt2(), 0.12)).curves()
+    return tiny.record_curves(BitStack(tiny.gpt2(), 0.12), LOADERS).curves()
 
 
 @pytest.mark.parametrize("budget", ["union", "fresh"])
@@ -81,7 +74,7 @@ def test_what_was_locked_before_counts_as_locked_at_every_sparsity():
     stack = BitStack(tiny.gpt2(), 0.3, budget="fresh")
     stack.update(LOADERS[0])
     before = stack.layer_table()
-    recorder = record(stack, LOADERS[1:2])
+    recorder = tiny.record_curves(stack, LOADERS[1:2])
     curves = recorder.curves()
     for budget in ("union", "fresh"):
         assert curves.layer_table(0, budget)["locked"].tolist() == before["locked"].tolist()
@@ -93,8 +86,8 @@ def test_what_was_locked_before_counts_as_locked_at_every_sparsity():
 
 def test_a_recorder_goes_on_from_its_state():
     stack = BitStack(tiny.plain(), 0.1)
-    unbroken = record(stack)
-    first = record(BitStack(tiny.plain(), 0.1), LOADERS[:1])
+    unbroken = tiny.record_curves(stack, LOADERS)
+    first = tiny.record_curves(BitStack(tiny.plain(), 0.1), LOADERS[:1])
     second = CurveRecorder(BitStack(tiny.plain(), 0.1).masks)
     second.load_state_dict(first.state_dict())
     other = BitStack(tiny.plain(), 0.1)
@@ -108,7 +101,7 @@ def test_observing_changes_nothing():
         BitStack(tiny.gpt2(), 0.12, budget="fresh"),
         BitStack(tiny.gpt2(), 0.12, budget="fresh"),
     )
-    record(watched)
+    tiny.record_curves(watched, LOADERS)
     for loader in LOADERS:
         alone.update(loader)
     assert all(torch.equal(mask, alone.masks[name]) for name, mask in watched.masks.items())

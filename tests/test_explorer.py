@@ -19,7 +19,6 @@ from PIL import Image
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from bitstack_nb import BitStack, Result, load_results, retrain, run
-from bitstack_nb.curves import CurveRecorder
 from bitstack_nb.explorer import explore
 from bitstack_nb.lock_picture import LockPicture
 from bitstack_nb.lock_view import TOGETHER, LockView
@@ -31,17 +30,17 @@ SMALL = {"tasks": ("imdb", "ag_news"), "train_size": 96, "test_size": 28, "max_l
 OPTIONS = ("--tasks", "imdb,ag_news", "--train-size", "96", "--test-size", "28")
 
 
-def record(stack: BitStack) -> CurveRecorder:
-    recorder = CurveRecorder(stack.masks)
-    for loader in LOADERS:
-        stack.update(loader, observe=recorder.add)
-    return recorder
-
-
 @pytest.fixture(scope="module")
 def view():
     stack = BitStack(tiny.gpt2(), 0.12)
-    return LockView(record(stack).curves(), TASKS, stack.stats()["total"], "tiny", 0.12, "union")
+    return LockView(
+        tiny.record_curves(stack, LOADERS).curves(),
+        TASKS,
+        stack.stats()["total"],
+        "tiny",
+        0.12,
+        "union",
+    )
 
 
 @pytest.fixture
@@ -145,7 +144,9 @@ def test_redraw_of_gpt2_takes_at_most_50_ms():
     model.config.pad_token_id = 0
     assert len(list(model.transformer.parameters())) == 148
     stack = BitStack(model, 0.12)
-    view = LockView(record(stack).curves(), TASKS, stack.stats()["total"], "GPT-2")
+    view = LockView(
+        tiny.record_curves(stack, LOADERS).curves(), TASKS, stack.stats()["total"], "GPT-2"
+    )
     explorer, times = explore(view), []
     for step in range(1, 51):
         start = time.process_time()

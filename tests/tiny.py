@@ -11,6 +11,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from bitstack_nb import BitStack
+from bitstack_nb.curves import CurveRecorder
+
 # For tensors this small a second thread only waits, for seconds on a machine that is busy.
 torch.set_num_threads(1)
 
@@ -204,3 +207,11 @@ def changed(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
 def unhooked_copy(model: nn.Module) -> nn.Module:
     """A deep copy; torch does not copy gradient hooks, so it trains as if never masked."""
     return copy.deepcopy(model)
+
+
+def record_curves(stack: BitStack, loaders: list) -> CurveRecorder:
+    """A recorder that has watched an update on each loader, in this order."""
+    recorder = CurveRecorder(stack.masks)
+    for loader in loaders:
+        stack.update(loader, observe=recorder.add)
+    return recorder

@@ -99,8 +99,13 @@ def _benchmark(options: argparse.Namespace) -> list[Protocol]:
         protocol
         for seed in options.seeds or [_base(options).seed]
         for strategy in options.strategy
-        for protocol in _variants(replace(_base(options), seed=seed), strategy, options)
+        for protocol in _variants(_drawn(seed, options), strategy, options)
     ]
+
+
+def _drawn(seed: int, options: argparse.Namespace) -> Protocol:
+    base = replace(_base(options), seed=seed)
+    return base.shuffled() if options.shuffle_tasks else base
 
 
 def _variants(base: Protocol, strategy: str, options: argparse.Namespace) -> list[Protocol]:
@@ -181,6 +186,8 @@ def _add_command(commands: argparse._SubParsersAction, name: str, what: str, **d
         option = f"--{name.replace('_', '-')}"
         add(option, type=_list(kind), default=[default], metavar="X,X", help=text)
     add("--seeds", type=_list(int), metavar="N,N", help="one run each; the preset's if not given")
+    order = "each seed but 0 trains on the tasks in an order of its own"
+    add("--shuffle-tasks", action="store_true", help=order)
     group = parser.add_argument_group("settings", "what is not given is as in the preset")
     for name, (kind, text) in _SETTINGS.items():
         values = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "X"}
@@ -226,6 +233,7 @@ _CHOICES = {
     "importance": (_one_of(tuple(IMPORTANCE)), "gradient", " or ".join(IMPORTANCE)),
     "budget": (_one_of(BUDGETS), "union", " or ".join(BUDGETS)),
     "sparsity": (float, Protocol.sparsity, "share a task locks"),
+    "n_batches": (int, Protocol.n_batches, "batches that importance is measured on"),
     "strength": (float, Protocol.strength, "of the penalty of ewc"),
     "rank": (int, Protocol.rank, "of the adapters of lora"),
     "replay_size": (int, Protocol.replay_size, "examples that replay keeps of a task"),
@@ -240,6 +248,7 @@ _SETTINGS = {
     "batch_size": (int, "examples per step"),
     "learning_rate": (float, "of AdamW"),
     "head_learning_rate": (float, "of the heads; the same if not given"),
+    "warmup_steps": (int, "steps at the start of a task in which the rates rise"),
     "sampling": (SAMPLINGS, "drawn by class, or the published slices"),
     "evaluate_on": (EVALUATIONS, "the test split, or held-out training data to choose settings on"),
 }

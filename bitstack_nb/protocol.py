@@ -198,6 +198,15 @@ class Protocol:
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
         return f"{self.strategy}-seed{self.seed}-{digest}"
 
+    def shuffled(self) -> Protocol:
+        """The same tasks in an order drawn by the seed; seed 0 keeps the order there is."""
+        if self.seed == 0:
+            return self
+        order = torch.randperm(
+            len(self.tasks), generator=torch.Generator().manual_seed(self.seed)
+        ).tolist()
+        return replace(self, tasks=tuple(self.tasks[position] for position in order))
+
     def with_strategy(self, strategy: str, **settings: Any) -> Protocol:
         """The same protocol for another strategy, at its settings."""
         defaults = {key: getattr(Protocol, key) for key in OWN_SETTINGS.get(strategy, ())}

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from bitstack_nb.__main__ import main
+from bitstack_nb.protocol import Protocol
 from bitstack_nb.results import load_results
 
 FAST = ["--tasks", "imdb,ag_news", "--train-size", "32", "--test-size", "28", "--max-length", "16"]
@@ -111,6 +112,23 @@ def test_seeds_give_an_interval(tmp_path, capsys):
     options = ["--strategy", "finetune", "--seeds", "0,1", "--output", str(tmp_path), "--quiet"]
     assert main(["run", *FAST, *options]) == 0
     assert "±" in capsys.readouterr().out
+
+
+def test_seeds_in_an_order_of_their_own(tmp_path, capsys):
+    """A seed's order is always the same one, and one configuration in a table."""
+    options = ["--tasks", "imdb,ag_news,yelp", "--seeds", "0,1,2", "--shuffle-tasks", "--quiet"]
+    options += ["--strategy", "bitstack", "--n-batches", "2", "--warmup-steps", "3"]
+    assert main(["run", *FAST[2:], *options, "--output", str(tmp_path)]) == 0
+    done = {result.protocol["seed"]: result for result in load_results(tmp_path)}
+    orders = {seed: [t["name"] for t in r.protocol["tasks"]] for seed, r in done.items()}
+    assert orders[0] == ["imdb", "ag_news", "yelp"]
+    assert len(set(map(tuple, orders.values()))) > 1
+    assert {tuple(sorted(order)) for order in orders.values()} == {("ag_news", "imdb", "yelp")}
+    again = {seed: Protocol(seed=seed, tasks=orders[0]).shuffled().tasks for seed in orders}
+    assert orders == {seed: [task.name for task in tasks] for seed, tasks in again.items()}
+    for result in done.values():
+        assert (result.protocol["n_batches"], result.protocol["warmup_steps"]) == (2, 3)
+    assert capsys.readouterr().out.count("| bitstack") == 1
 
 
 @pytest.mark.parametrize(

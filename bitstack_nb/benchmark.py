@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from bitstack_nb import metrics, stages
+from bitstack_nb import drift, metrics, stages
 from bitstack_nb.heads import Heads
 from bitstack_nb.inputs import load_inputs
 from bitstack_nb.protocol import Protocol
-from bitstack_nb.provenance import provenance
+from bitstack_nb.provenance import peak_memory, provenance
 from bitstack_nb.results import Result
 from bitstack_nb.rng import undisturbed_rng
 from bitstack_nb.storage import MaskFileError
@@ -38,6 +37,7 @@ from bitstack_nb.training import (
     ProgressBar,
     accuracy,
     find_device,
+    mixed,
     train,
 )
 
@@ -103,12 +103,14 @@ class _Sequence:
             self.heads.add(task.name, task.num_labels)
         self.strategy = STRATEGIES[protocol.strategy](self.model, protocol)
         self.stages = self.strategy.stages(len(self.tasks))
+        self.first: dict[str, torch.Tensor] = {}  # the backbone after the first stage
         self.numbers: dict[str, Any] = {
             "stages_done": 0,
             "matrix": [[None] * len(self.tasks) for _ in self.tasks],
             "lock_stats": [],
             "times": {"begin": [], "train": [], "update": [], "evaluate": []},
             "peak_memory": {},
+            "drift": {},
             # Taken now, because the checkout may move on while the run goes on.
             "origin": {
                 **provenance(command=command),
@@ -129,6 +131,7 @@ class _Sequence:
                 self._train(number, stage, bar)
                 self._lock(number, stage)
                 self._evaluate(stage[-1], bar)
+                self._follow_drift(number, bar)
                 self._checkpoint(number + 1)
         return self._result()
 
@@ -140,7 +143,7 @@ class _Sequence:
         with self._timed("train"):
             train(
                 model,
-                _mixed(rows),
+                mixed(rows),
                 self.collate,
                 protocol=self.protocol,
                 seed=self._seed(number),
@@ -158,16 +161,35 @@ class _Sequence:
         with self._timed("evaluate"):
             for task in range(last + 1):
                 with self.strategy.model_of(task):
-                    self.numbers["matrix"][last][task] = accuracy(
-                        self.heads.use(self.protocol.tasks[task].name),
-                        self.test_data[task],
-                        self.collate,
-                        protocol=self.protocol,
-                        device=self.device,
-                        callbacks=[ProgressBar(bar)],
-                    )
+                    self.numbers["matrix"][last][task] = self._accuracy(task, bar)
         row = [f"{a:.1f}" for a in self.numbers["matrix"][last][: last + 1]]
         logger.info("%s after task %d: %s", self.protocol.name, last + 1, " ".join(row))
+
+    def _accuracy(self, task: int, bar: tqdm) -> float:
+        return accuracy(
+            self.heads.use(self.protocol.tasks[task].name),
+            self.test_data[task],
+            self.collate,
+            protocol=self.protocol,
+            device=self.device,
+            callbacks=[ProgressBar(bar)],
+        )
+
+    def _follow_drift(self, number: int, bar: tqdm) -> None:
+        """Keep the backbone after the first stage; after the last, see what its drift has cost."""
+        if not self._drifts:
+            return
+        if number == 0:
+            self.first = drift.copied(self.model)
+        elif number == len(self.stages) - 1 and self.first:
+            with self._timed("drift"):
+                self.numbers["drift"] = drift.attribute(
+                    self.model, self.first, self.strategy.masks(), lambda: self._accuracy(0, bar)
+                )
+
+    @property
+    def _drifts(self) -> bool:
+        return self.strategy.drifts and len(self.stages) > 1
 
     def _rows(self, stage: list[int]) -> dict[int, Dataset]:
         return self.strategy.rows(stage, self.train_data, self.protocol)
@@ -175,7 +197,7 @@ class _Sequence:
     def _loader(self, number: int, rows: dict[int, Dataset]) -> DataLoader:
         """The stage's training data in an order of its own, for the strategy."""
         return DataLoader(
-            _mixed(rows),
+            mixed(rows),
             batch_size=self.protocol.batch_size,
             shuffle=True,
             generator=torch.Generator().manual_seed(self._seed(number)),
@@ -193,11 +215,16 @@ class _Sequence:
         return 1000 * self.protocol.seed + number
 
     def _batches(self, done: int) -> int:
-        return sum(
+        left = self.stages[done:]
+        count = sum(
             self.inputs.training_batches(self._rows(stage), self.protocol)
             + self.inputs.evaluation_batches(stage[-1], self.protocol)
-            for stage in self.stages[done:]
+            for stage in left
         )
+        if left and self._drifts:
+            groups = len(drift.groups(self.model, self.strategy.masks()))
+            count += groups * self.inputs.evaluation_batches(0, self.protocol)
+        return count
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -213,7 +240,7 @@ class _Sequence:
     def _checkpoint(self, stages_done: int) -> None:
         """Write the state after a stage."""
         self.numbers["stages_done"] = stages_done
-        self.numbers["peak_memory"] = _peak_memory(self.numbers["peak_memory"], self.device)
+        self.numbers["peak_memory"] = peak_memory(self.numbers["peak_memory"], self.device)
         # Clones, because safetensors refuses tensors that share memory (tied weights).
         weights = {
             name: tensor.cpu().clone(memory_format=torch.contiguous_format)
@@ -223,6 +250,8 @@ class _Sequence:
             with stages.saving(self.state, stages_done, self.numbers) as folder:
                 save_file(weights, folder / "model.safetensors")
                 save_file(self.heads.state_dict(), folder / "heads.safetensors")
+                if self.first:
+                    save_file(self.first, folder / "first.safetensors")
                 self.strategy.save(folder)
         except (SafetensorError, OSError) as error:
             raise OSError(
@@ -254,6 +283,9 @@ class _Sequence:
             last = self.stages[numbers["stages_done"] - 1][-1]
             model = self.heads.use(self.protocol.tasks[last].name)
             model.load_state_dict(load_file(folder / "model.safetensors"))
+            # A run that an earlier version began has none, and ends without its drift.
+            if (first := folder / "first.safetensors").exists():
+                self.first = load_file(first)
         except (SafetensorError, MaskFileError, OSError) as error:
             raise ValueError(
                 f"cannot go on from {folder} ({error}): delete {self.state} to start this run again"
@@ -281,30 +313,6 @@ class _Sequence:
             times={**times, "total": sum(sum(parts) for parts in times.values())},
             peak_memory=self.numbers["peak_memory"],
             provenance=self.numbers["origin"],
+            drift=self.numbers.get("drift", {}),
             storage={"bytes": self.strategy.storage(self.train_data)},
         )
-
-
-def _mixed(rows: dict[int, Dataset]) -> Dataset:
-    """Rows of one task as they are; of several together, each marked with its task's index."""
-    if len(rows) == 1:
-        return next(iter(rows.values()))
-    marked = [part.add_column("task", [task] * len(part)) for task, part in rows.items()]
-    return concatenate_datasets(marked)
-
-
-def _peak_memory(before: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Peak memory so far in MiB, over the processes that a resumed run took.
-
-    ``process`` counts all that this process has done, earlier runs included; ``gpu`` this run only.
-    """
-    peak = {}
-    if sys.platform != "win32":
-        import resource
-
-        # ru_maxrss counts KiB on Linux, bytes on macOS.
-        unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    if device.type == "cuda":
-        peak["gpu"] = torch.cuda.max_memory_allocated(device) / (1 << 20)
-    return {name: max(value, before.get(name, 0)) for name, value in peak.items()}

@@ -16,7 +16,13 @@ from bitstack_nb.protocol import Protocol
 
 
 class FineTune:
-    """Plain fine-tuning, task after task: what forgets. Base of the other strategies."""
+    """Plain fine-tuning, task after task: what forgets. Base of the other strategies.
+
+    Attributes:
+        drifts: whether later stages move the backbone that earlier tasks are predicted with.
+    """
+
+    drifts = True
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:
         self.model, self.protocol = model, protocol
@@ -52,6 +58,10 @@ class FineTune:
         """Lock statistics, for strategies that lock."""
         return None
 
+    def masks(self) -> Mapping[str, torch.Tensor]:
+        """What is locked, by parameter name, for strategies that lock."""
+        return {}
+
     def layer_records(self) -> list[dict[str, Any]]:
         """Rows of the stack's layer table, for strategies that lock."""
         return []
@@ -79,6 +89,8 @@ class FineTune:
 
 class Joint(FineTune):
     """All tasks at once: the upper bound, which no method for sequences is given."""
+
+    drifts = False
 
     @staticmethod
     def stages(n_tasks: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Where a result comes from: machine, package versions, commit, date and command line."""
+"""Where a result comes from: machine, versions, commit, date and command line; memory taken."""
 
 from __future__ import annotations
 
@@ -47,6 +47,23 @@ def provenance(*, command: str | None = None) -> dict[str, Any]:
         "packages": {"bitstack_nb": __version__} | {name: _version(name) for name in PACKAGES},
         "git": git_state(Path(__file__).resolve()),
     }
+
+
+def peak_memory(before: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Peak memory so far in MiB, over the processes that a resumed run took.
+
+    ``process`` counts all that this process has done, earlier runs included; ``gpu`` this run only.
+    """
+    peak = {}
+    if sys.platform != "win32":
+        import resource
+
+        # ru_maxrss counts KiB on Linux, bytes on macOS.
+        unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if device.type == "cuda":
+        peak["gpu"] = torch.cuda.max_memory_allocated(device) / (1 << 20)
+    return {name: max(value, before.get(name, 0)) for name, value in peak.items()}
 
 
 def _command_line() -> str:

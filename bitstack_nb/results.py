@@ -29,8 +29,9 @@ class Result:
     locks: the records of the last ``BitStack.layer_table()``. lock_stats: ``BitStack.stats()``
     after each task. importance: what other sparsities would have locked, the record of a
     ``LockCurves``. times: seconds. peak_memory: MiB. storage: ``bytes`` to keep beside one backbone
-    and the heads, to predict every task and to go on to another. Raises ResultError, and TypeError
-    for values that JSON cannot hold.
+    and the heads, to predict every task and to go on to another. drift: by group of weights, task
+    1's accuracy at the end with that group as task 1 left it (``drift.attribute``). Raises
+    ResultError, and TypeError for values that JSON cannot hold.
     """
 
     protocol: dict[str, Any]
@@ -43,6 +44,7 @@ class Result:
     peak_memory: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     storage: dict[str, Any] = field(default_factory=dict)
+    drift: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -144,7 +146,7 @@ def _checked(data: Any) -> dict[str, Any]:
             "or a newer one"
         )
     names = {item.name for item in fields(Result)}
-    optional = {"importance", "storage"}  # runs recorded by earlier versions have none
+    optional = {"importance", "storage", "drift"}  # runs recorded by earlier versions have none
     source = data.get("provenance")
     if isinstance(source, dict) and source.get("published"):
         optional |= {"locks", "lock_stats", "times", "peak_memory"}

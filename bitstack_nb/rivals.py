@@ -25,6 +25,8 @@ from bitstack_nb.rng import undisturbed_rng
 class Frozen(FineTune):
     """The backbone stays as the first task left it; later tasks train a head alone."""
 
+    drifts = False
+
     def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
         """Freeze the backbone from the second stage on."""
         if number:
@@ -33,6 +35,8 @@ class Frozen(FineTune):
 
 class Single(FineTune):
     """One fine-tuned model per task, each from the base: the upper bound, T times the weights."""
+
+    drifts = False
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:
         super().__init__(model, protocol)
@@ -198,6 +202,8 @@ class Adapters(FineTune):
     Hu et al. (2021), "LoRA: Low-Rank Adaptation of Large Language Models", by the package peft,
     with ``lora_alpha`` twice the rank and no dropout.
     """
+
+    drifts = False
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:
         super().__init__(model, protocol)

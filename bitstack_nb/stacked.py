@@ -39,6 +39,10 @@ class _Stacked(FineTune):
         """The stack's statistics."""
         return self._stack.stats()
 
+    def masks(self) -> Mapping[str, torch.Tensor]:
+        """The stack's."""
+        return self._stack.masks
+
     def layer_records(self) -> list[dict[str, Any]]:
         """The stack's layer table, a record per row."""
         table = self._stack.layer_table()
@@ -170,6 +174,8 @@ class MagnitudeMask(_Control):
 
 class ExactRecall(_Stacked):
     """BitStack's mode recall: each task trains entries of its own on the base, and forgets none."""
+
+    drifts = False
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:
         super().__init__(model, protocol, mode="recall")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -62,6 +62,14 @@ class MultiHead(nn.Module):
             own = {name: c[rows] for name, c in columns.items() if c is not None}
             loss = loss + model(**own).loss.float() * rows.sum() / len(task)
         return {"loss": loss}
+
+
+def mixed(rows: Mapping[int, Dataset]) -> Dataset:
+    """Rows of one task as they are; of several together, each marked with its task's index."""
+    if len(rows) == 1:
+        return next(iter(rows.values()))
+    marked = [part.add_column("task", [task] * len(part)) for task, part in rows.items()]
+    return concatenate_datasets(marked)
 
 
 def train(

@@ -131,6 +131,18 @@ def test_recall_gives_each_task_its_share(results):
     assert owned == pytest.approx([30, 60, 90], abs=0.1)
 
 
+def test_where_the_first_task_was_forgotten(results):
+    """The same number of examples is behind every accuracy; nothing drifts under its own model."""
+    for name, result in results.items():
+        drifts = name not in ("joint", "recall", "frozen", "lora", "single")
+        assert bool(result.drift) == drifts, name
+        assert {"norms", "attention", "MLP"} <= result.drift.keys() or not drifts
+        assert all(0 <= group["accuracy"] <= 100 for group in result.drift.values())
+    assert "locked" not in results["finetune"].drift
+    locked = results["bitstack"].drift["locked"]["entries"]
+    assert locked == results["bitstack"].lock_stats[-1]["locked"]
+
+
 def test_result_says_where_it_comes_from(results):
     result = results["bitstack"]
     assert Protocol.from_dict(result.protocol) == STRATEGIES["bitstack"]

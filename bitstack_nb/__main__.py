@@ -20,7 +20,14 @@ from bitstack_nb.results import Result, load_results
 from bitstack_nb.sampling import SAMPLINGS
 from bitstack_nb.settings import BUDGETS
 from bitstack_nb.tables import format_table, table
-from bitstack_nb.tasks import AG_NEWS_BINARY, EVALUATIONS, FIVE_TASKS, find_task
+from bitstack_nb.tasks import (
+    AG_NEWS_BINARY,
+    EVALUATIONS,
+    FIVE_TASKS,
+    SEQUENCES,
+    Task,
+    find_task,
+)
 
 ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)
 # Each is drawn by itself: their protocols differ in more than a figure's labels can say.
@@ -180,7 +187,8 @@ def _add_command(commands: argparse._SubParsersAction, name: str, what: str, **d
     add("--preset", choices=PRESETS, default="smoke", help="settings that the options below change")
     known = ", ".join(task.name for task in (*FIVE_TASKS, AG_NEWS_BINARY))
     if "tasks" not in defaults:
-        add("--tasks", type=_list(find_task), metavar="A,B", help=f"in training order: {known}")
+        text = f"in training order: {known}, some labels of one as dbpedia_2-3, or five or twenty"
+        add("--tasks", type=_tasks, metavar="A,B", help=text)
     add("--strategy", type=_list(_one_of(STRATEGIES)), metavar="A,B", help=", ".join(STRATEGIES))
     for name, (kind, default, text) in _CHOICES.items():
         option = f"--{name.replace('_', '-')}"
@@ -207,6 +215,10 @@ def _add_command(commands: argparse._SubParsersAction, name: str, what: str, **d
 def size(text: str) -> int | float:
     """Examples (an int) or a fraction; argparse names this function in its messages."""
     return int(text) if text.isdigit() else float(text)
+
+
+def _tasks(text: str) -> list[Task]:
+    return list(SEQUENCES[text]) if text in SEQUENCES else _list(find_task)(text)
 
 
 def _list(kind):

@@ -115,7 +115,7 @@ def draw(
     stream = source.stream(split) if is_integer(size) and size <= _STREAM_ROWS else None
     if stream is None:
         table = source.table(split)
-        order = _order(len(table), seed, sampling)
+        order = _own_rows(task, table, seed, sampling)
         rows = _take_rows(task, table, order, size, sampling, split)
         return _sample(task, table.select(rows)), rows
     with hub_errors(task.dataset):
@@ -132,13 +132,13 @@ def draw_held_out(
 ) -> datasets.Dataset:
     """A sample of the training split without the rows `taken` from it for training."""
     table = source.table("train")
-    order = _order(len(table), seed, sampling)
+    order = _own_rows(task, table, seed, sampling)
     rest = order[~np.isin(order, taken)]
-    wanted = rows_wanted(size, len(table))
+    wanted = rows_wanted(size, len(order))
     if wanted > len(rest):
         raise DataError(
             f"{task.dataset}: {len(taken)} training and {wanted} held-out rows asked for, but the "
-            f"train split holds {len(table)}: ask for fewer"
+            f"train split holds {len(order)}{_of(task)}: ask for fewer"
         )
     if sampling == "stratified":
         # From the far end, so that more or fewer training rows leave the held-out ones alone.
@@ -146,9 +146,13 @@ def draw_held_out(
     return _sample(task, table.select(_take_rows(task, table, rest, wanted, sampling, "train")))
 
 
-def _order(rows: int, seed: int, sampling: str) -> np.ndarray:
-    """Row numbers in visiting order: as they are for "head", else a seeded permutation."""
-    return np.random.default_rng(seed).permutation(rows) if sampling != "head" else np.arange(rows)
+def _own_rows(task: Task, table: datasets.Dataset, seed: int, sampling: str) -> np.ndarray:
+    """A task's row numbers in visiting order: as they are for "head", else a seeded permutation."""
+    _check_columns(task, table.column_names)
+    own = np.array([_label(task, value) is not None for value in table[task.label][:]], dtype=bool)
+    rows = len(table)
+    order = np.random.default_rng(seed).permutation(rows) if sampling != "head" else np.arange(rows)
+    return order[own[order]]
 
 
 def _take_rows(
@@ -159,23 +163,23 @@ def _take_rows(
     sampling: str,
     split: str,
 ) -> list[int]:
-    """Row numbers of a sample of a table."""
-    _check_columns(task, table.column_names)
-    wanted = rows_wanted(size, len(table))
-    _check_enough(task, wanted, len(table), split)
-    labels = [_label(task, value) for value in table[task.label][:]]
-    visits = ((labels[row], row) for row in order.tolist())
+    """Row numbers of a sample of a table, chosen among those in ``order``."""
+    wanted = rows_wanted(size, len(order))
+    _check_enough(task, wanted, len(order), split)
+    labels = table[task.label][:]
+    visits = ((_label(task, labels[row]), row) for row in order.tolist())
     return take(visits, wanted, task.num_labels, sampling)
 
 
 def _visit_stream(
     task: Task, stream: Iterable[dict[str, Any]]
 ) -> Iterator[tuple[int, tuple[int, dict[str, Any]]]]:
-    """Label and (row number, row), as the rows come."""
+    """Label and (row number, row) of the task's rows, as they come."""
     for number, row in enumerate(stream):
         if number == 0:
             _check_columns(task, list(row))
-        yield _label(task, row[task.label]), (number, row)
+        if (label := _label(task, row[task.label])) is not None:
+            yield label, (number, row)
 
 
 def _shuffle(visits: Iterable[_T], seed: int, buffer_size: int) -> Iterator[_T]:
@@ -215,8 +219,8 @@ def _sample(task: Task, rows: datasets.Dataset | list[dict[str, Any]]) -> datase
     return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
 
 
-def _label(task: Task, value: Any) -> int:
-    """The task's label for a label of the dataset."""
+def _label(task: Task, value: Any) -> int | None:
+    """The task's label for a label of the dataset; None if the task leaves it out."""
     known = task.num_labels if task.relabel is None else len(task.relabel)
     if not is_integer(value) or not 0 <= value < known:
         raise DataError(
@@ -237,6 +241,11 @@ def _check_columns(task: Task, columns: list[str]) -> None:
 def _check_enough(task: Task, wanted: int, there: int, split: str) -> None:
     if wanted > there:
         raise DataError(
-            f"{task.dataset}: {wanted} rows asked for, but the {split} split holds {there}: "
-            "ask for fewer"
+            f"{task.dataset}: {wanted} rows asked for, but the {split} split holds {there}"
+            f"{_of(task)}: ask for fewer"
         )
+
+
+def _of(task: Task) -> str:
+    """What a message adds to a number of rows that are not all of the split's."""
+    return f" of task {task.name}" if None in (task.relabel or ()) else ""

@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import datasets
 
@@ -33,7 +34,8 @@ class Task:
         text: the columns that make up the text, joined by a space; empty ones are skipped.
         label: the column of integer labels, 0 and up.
         num_labels: classes of the task, after `relabel`.
-        relabel: the task's label for each label of the dataset; (0, 0, 1, 1) merges four into two.
+        relabel: the task's label for each label of the dataset; (0, 0, 1, 1) merges four into two,
+            and None leaves the rows of a label out.
         config: the Hub's configuration name, where the dataset has several.
 
     Raises:
@@ -45,7 +47,7 @@ class Task:
     text: tuple[str, ...]
     label: str
     num_labels: int
-    relabel: tuple[int, ...] | None = None
+    relabel: tuple[int | None, ...] | None = None
     config: str | None = None
 
     def __post_init__(self) -> None:
@@ -65,12 +67,32 @@ class Task:
             raise DataError(f"task {self.name}: num_labels is {self.num_labels!r}: give 2 or more")
         if self.relabel is not None:
             relabel = tuple(self.relabel) if isinstance(self.relabel, tuple | list) else ()
-            if not all(map(is_integer, relabel)) or set(relabel) != set(range(self.num_labels)):
+            kept = [label for label in relabel if label is not None]
+            if not all(map(is_integer, kept)) or set(kept) != set(range(self.num_labels)):
                 raise DataError(
                     f"task {self.name}: relabel is {self.relabel!r}: every label from 0 to "
                     f"{self.num_labels - 1} has to occur, and no other"
                 )
             object.__setattr__(self, "relabel", relabel)
+
+    def only(self, *labels: int) -> Task:
+        """The smaller task of telling these of the labels apart, named ``<name>_<label>-<label>``.
+
+        A DataError if there are no such labels.
+        """
+        wrong = [label for label in labels if label not in range(self.num_labels)]
+        if wrong or len(set(labels)) != len(labels):
+            raise DataError(
+                f"task {self.name}: labels {labels} cannot be told apart: give two or more from 0 "
+                f"to {self.num_labels - 1}, each once"
+            )
+        number = {label: position for position, label in enumerate(labels)}
+        return replace(
+            self,
+            name=f"{self.name}_{'-'.join(map(str, labels))}",
+            num_labels=len(labels),
+            relabel=tuple(map(number.get, self.relabel or range(self.num_labels))),
+        )
 
 
 FIVE_TASKS: tuple[Task, ...] = (
@@ -102,9 +124,29 @@ AG_NEWS_BINARY = Task(  # World and Sports against Business and Sci/Tech
 )
 
 
+_IMDB, _AG_NEWS, _DBPEDIA, _YELP, _YAHOO = FIVE_TASKS
+# Two classes each: all pairs of AG News, all classes of DBpedia in pairs, Yelp's neighbouring
+# stars and its extremes. Labels occur in several tasks; no two tasks are the same.
+TWENTY_TASKS: tuple[Task, ...] = (
+    _IMDB,
+    *(_AG_NEWS.only(*pair) for pair in combinations(range(4), 2)),
+    *(_DBPEDIA.only(first, first + 1) for first in range(0, 14, 2)),
+    *(_YELP.only(star, star + 1) for star in range(4)),
+    _YELP.only(0, 4),
+    _YAHOO.only(0, 1),
+)
+SEQUENCES = {"five": FIVE_TASKS, "twenty": TWENTY_TASKS}
+
+
 def find_task(name: str) -> Task:
-    """The known task of this name; a DataError lists the names there are."""
+    """The known task of this name, or some labels of one: ``dbpedia_2-3``.
+
+    A DataError lists the names there are.
+    """
     known = {task.name: task for task in (*FIVE_TASKS, AG_NEWS_BINARY)}
+    whole, _, labels = name.rpartition("_")
+    if whole in known and re.fullmatch(r"\d+(-\d+)+", labels):
+        return known[whole].only(*map(int, labels.split("-")))
     if name not in known:
         raise DataError(f"unknown task {name!r}: use one of {', '.join(known)}, or your own Task")
     return known[name]

@@ -16,7 +16,14 @@ from toy_data import SIZES, TASK, write_split, write_toy
 
 from bitstack_nb.sampling import take
 from bitstack_nb.sources import DataError
-from bitstack_nb.tasks import AG_NEWS_BINARY, FIVE_TASKS, Task, find_task, load_task
+from bitstack_nb.tasks import (
+    AG_NEWS_BINARY,
+    FIVE_TASKS,
+    TWENTY_TASKS,
+    Task,
+    find_task,
+    load_task,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +59,23 @@ def test_the_five_tasks_and_how_to_find_them():
         find_task("snli")
 
 
+def test_twenty_small_tasks_of_the_five():
+    assert len({(task.dataset, task.relabel) for task in TWENTY_TASKS}) == 20
+    assert len({task.name for task in TWENTY_TASKS}) == 20
+    assert {task.dataset for task in TWENTY_TASKS} == {task.dataset for task in FIVE_TASKS}
+    assert all(find_task(task.name) == task for task in TWENTY_TASKS)
+
+
+def test_some_labels_of_a_task():
+    task = find_task("ag_news_3-1")
+    assert (task.num_labels, task.relabel) == (2, (None, 1, None, 0))
+    assert find_task("ag_news_binary") is AG_NEWS_BINARY
+    assert AG_NEWS_BINARY.only(1, 0).relabel == (1, 1, 0, 0)
+    for labels in ("0-4", "1-1"):
+        with pytest.raises(DataError, match=r"labels .*0 to 3, each once"):
+            find_task(f"ag_news_{labels}")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -66,6 +90,7 @@ def test_the_five_tasks_and_how_to_find_them():
         ({"relabel": (0, 0, 1, 1)}, "relabel"),
         ({"relabel": (0, 1, 2, 3)}, "relabel"),
         ({"relabel": 3}, "relabel"),
+        ({"relabel": (0, 1, None, 1)}, "relabel"),
     ],
 )
 def test_a_field_that_cannot_be_right_is_named(change, named):
@@ -196,6 +221,24 @@ def test_relabelled_classes_are_the_ones_that_share_equally(folder):
     for row in drawn.train:
         number = int(row["text"].rpartition(" ")[2])
         assert row["label"] == (0 if 40 <= number < 80 else 1)
+
+
+@pytest.mark.parametrize("sampling", ["stratified", "head"])
+def test_rows_of_labels_left_out_are_never_drawn(folder, sampling):
+    """A fraction is one of the rows that are left: 40 of each kind to train on, 20 to test."""
+    fields = {"dataset": "toy", "text": ("title",), "label": "kind"}
+    task = Task(name="p", num_labels=2, relabel=(1, None, 0), **fields)
+    how = {"seed": 0, "sampling": sampling, "train_size": 0.5}
+    drawn = load_task(task, folder, **how, test_size=40)
+    held = load_task(task, folder, **how, test_size=0.25, evaluate_on="heldout")
+    for sample, size in ((drawn.train, 40), (drawn.test, 40), (held.test, 20)):
+        assert len(sample) == size
+        for row in sample:
+            number = int(row["text"].rpartition(" ")[2])
+            third = number // (20 if "test" in row["text"] else 40)
+            assert row["label"] == {0: 1, 2: 0}[third]
+    with pytest.raises(DataError, match=r"81 rows asked for, but the train split holds 80 of task"):
+        load_task(task, folder, seed=0, train_size=81, test_size=1)
 
 
 def test_files_may_be_sharded_and_lie_deeper_as_in_a_copy_of_the_hub(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from bitstack_nb import lock_plots, mask_plots, plots
+from bitstack_nb import evidence_plots, lock_plots, mask_plots, plots
 from bitstack_nb.files import replacing
 from bitstack_nb.plot_style import Figure, grouped, png
 from bitstack_nb.protocol import Protocol
@@ -59,6 +59,9 @@ def _figures(results: list[Result]) -> Iterator[tuple[str, Callable[[], Figure]]
         plots.paired_differences,
         plots.forgetting_per_task,
         plots.accuracy_matrices,
+        evidence_plots.task_differences,
+        evidence_plots.accuracy_for_storage,
+        evidence_plots.drift_attribution,
         lock_plots.ablation,
         lock_plots.capacity,
     ):

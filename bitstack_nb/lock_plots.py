@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from bitstack_nb.metrics import mean_interval
-from bitstack_nb.pairs import partner
+from bitstack_nb.pairs import metric, partner
 from bitstack_nb.plot_style import (
     GREY,
     SHARES,
@@ -27,7 +27,6 @@ from bitstack_nb.plot_style import (
     task_names,
     titled,
 )
-from bitstack_nb.plots import metric
 from bitstack_nb.results import Result, ResultError
 
 _OUTSIDE = "other"

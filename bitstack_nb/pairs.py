@@ -7,7 +7,7 @@ baseline seed by seed and the differences are averaged, not the two averages sub
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,9 +66,37 @@ def difference(
     result: Result, results: Iterable[Result], column: str, *, baseline: str
 ) -> float | None:
     """A run less its partner of the baseline strategy, in points; None where either is missing."""
-    other = partner(result, results, baseline)
-    pair = [None if run is None else column_value(run, column) for run in (result, other)]
+    return _difference(result, partner(result, results, baseline), metric(column))
+
+
+def task_difference(
+    result: Result, results: Iterable[Result], task: str, *, baseline: str
+) -> float | None:
+    """The same of the accuracy on one task, by its name, after the last one."""
+    return _difference(result, partner(result, results, baseline), final_accuracy(task))
+
+
+def _difference(
+    result: Result, other: Result | None, value: Callable[[Result], float | None]
+) -> float | None:
+    pair = [None if run is None else value(run) for run in (result, other)]
     return None if None in pair else pair[0] - pair[1]
+
+
+def metric(column: str) -> Callable[[Result], float | None]:
+    """One run's number for a column of ``tables.COLUMNS``; None where it has none."""
+    return lambda result: column_value(result, column)
+
+
+def final_accuracy(task: str) -> Callable[[Result], float | None]:
+    """One run's accuracy (%) on a task after the last one; None where it does not have that."""
+
+    def value(result: Result) -> float | None:
+        names = [own["name"] for own in result.protocol.get("tasks") or []]
+        measured = result.matrix is not None and task in names
+        return result.matrix[-1][names.index(task)] if measured else None
+
+    return value
 
 
 def paired_table(results: Iterable[Result], baseline: str = "finetune") -> pd.DataFrame:
@@ -81,18 +109,44 @@ def paired_table(results: Iterable[Result], baseline: str = "finetune") -> pd.Da
     Raises:
         ResultError: no run has a partner.
     """
+    return _paired(results, baseline, {column: metric(column) for column in METRICS})
+
+
+def paired_tasks(results: Iterable[Result], baseline: str = "single") -> pd.DataFrame:
+    """As ``paired_table``, of the accuracy on each task after the last one: a column per task.
+
+    Tasks are in the order of the lowest seed.
+    """
+    results = list(results)
+    return _paired(results, baseline, {name: final_accuracy(name) for name in all_tasks(results)})
+
+
+def all_tasks(results: Iterable[Result]) -> list[str]:
+    """The names of the tasks in results, each once, in the order of the lowest seed."""
+    orders = [
+        (result.protocol.get("seed") or 0, [task["name"] for task in result.protocol["tasks"]])
+        for result in results
+        if result.protocol.get("tasks")
+    ]
+    return list(dict.fromkeys(name for _, order in sorted(orders) for name in order))
+
+
+def _paired(
+    results: Iterable[Result], baseline: str, values: dict[str, Callable[[Result], float | None]]
+) -> pd.DataFrame:
     import pandas as pd
 
     results = list(results)
     rows = []
     for item in configurations(results):
         row, pairs = {}, 0
-        for column in METRICS:
-            own = (difference(r, results, column, baseline=baseline) for r in item.results)
-            values = [value for value in own if value is not None]
-            mean, half = mean_interval(values) if values else (math.nan, None)
+        others = [partner(result, results, baseline) for result in item.results]
+        for column, value in values.items():
+            both = zip(item.results, others, strict=True)
+            found = [d for pair in both if (d := _difference(*pair, value)) is not None]
+            mean, half = mean_interval(found) if found else (math.nan, None)
             row |= {column: mean, f"{column}_interval": math.nan if half is None else half}
-            pairs = max(pairs, len(values))
+            pairs = max(pairs, len(found))
         if pairs and item.shown["strategy"] != baseline:
             rows.append(item.shown | {"seeds": pairs} | row)
     if not rows:

@@ -28,6 +28,7 @@ GREY = "0.35"
 # Equal steps of lightness, so that it reads in grey and with any colour vision.
 SHARES = sns.color_palette("YlGnBu", as_cmap=True)
 _COLOURS = sns.color_palette("colorblind")
+_MARKERS = "os^"  # the next one where the colours begin again
 _STYLE = {
     **sns.axes_style("whitegrid"),
     "font.family": ["DejaVu Sans"],  # comes with matplotlib, so it is everywhere
@@ -140,22 +141,24 @@ class Group(NamedTuple):
 def grouped(results: Iterable[Result]) -> list[Group]:
     """Configurations in the order of ``tables.table``: measured ones, then published ones.
 
-    A colour stands for a strategy and budget, grey and a diamond for what was published elsewhere.
+    A colour and marker stand for a strategy and budget, grey and a diamond for what was published
+    elsewhere.
     Raises ResultError as ``tables.configurations`` does.
     """
     results = list(results)
     if not results:
         raise ResultError("there are no results to draw: give at least one")
     groups: list[Group] = []
-    colours: dict[tuple[Any, Any], Any] = {}
+    marks: dict[tuple[Any, Any], tuple[Any, str]] = {}
     # Apart, because a published protocol differs in everything and would lengthen every label.
     for published in (False, True):
         own = [result for result in results if is_published(result) == published]
         items = configurations(own) if own else []
         for label, item in zip(names([i.shown for i in items]), items, strict=True):
             method = (item.shown["strategy"], item.shown["budget"])
-            colour = colours.setdefault(method, _COLOURS[len(colours) % len(_COLOURS)])
-            mark = (GREY, "D") if published else (colour, "o")
+            further, at = divmod(len(marks), len(_COLOURS))
+            mark = marks.setdefault(method, (_COLOURS[at], _MARKERS[further % len(_MARKERS)]))
+            mark = (GREY, "D") if published else mark
             model = f" ({item.results[0].protocol.get('model')})" if published else ""
             groups.append(Group(label + model, *mark, item.shown, item.results))
     return groups

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from bitstack_nb.metrics import accuracy_matrix, mean_interval
 from bitstack_nb.metrics import forgetting_per_task as points_lost
-from bitstack_nb.pairs import METRICS, difference, no_pairs
+from bitstack_nb.pairs import METRICS, difference, metric, no_pairs
 from bitstack_nb.plot_style import (
     GREY,
     Figure,
@@ -31,7 +31,7 @@ from bitstack_nb.plot_style import (
     titled,
 )
 from bitstack_nb.results import Result, ResultError
-from bitstack_nb.tables import COLUMNS, column_value
+from bitstack_nb.tables import COLUMNS
 
 _UNITS = {"average_accuracy": "%", "learning_accuracy": "%", "forgetting": "points"}
 _INTERVALS = "mean and 95 % Student interval over n seeds; small dots: single seeds"
@@ -91,11 +91,11 @@ def forgetting_per_task(results: Iterable[Result]) -> Figure:
         for name in task_names(result)[:-1]
     )
     panels = [
-        _Panel(name, "points lost", [_numbers(g.results, _lost_on(name)) for g in groups])
+        Panel(name, "points lost", [numbers(g.results, _lost_on(name)) for g in groups])
         for name in tasks
     ]
     title = "Forgetting per task: accuracy after learning it − after the last task"
-    return _dots(title, groups, panels, zero=True, same_scale=True)
+    return dots(title, groups, panels, zero=True, same_scale=True)
 
 
 @styled
@@ -106,10 +106,10 @@ def comparison(results: Iterable[Result]) -> Figure:
     """
     groups = grouped(results)
     panels = [
-        _Panel(COLUMNS[name], unit, [_numbers(g.results, metric(name)) for g in groups])
+        Panel(COLUMNS[name], unit, [numbers(g.results, metric(name)) for g in groups])
         for name, unit in _UNITS.items()
     ]
-    return _dots("Accuracy and forgetting after all tasks", groups, panels)
+    return dots("Accuracy and forgetting after all tasks", groups, panels)
 
 
 @styled
@@ -123,36 +123,41 @@ def paired_differences(results: Iterable[Result], baseline: str = "finetune") ->
     panels = []
     for name in _UNITS:
         values = [
-            _numbers(
-                g.results, lambda r, name=name: difference(r, results, name, baseline=baseline)
-            )
+            numbers(g.results, lambda r, name=name: difference(r, results, name, baseline=baseline))
             for g in groups
         ]
         better = "higher" if METRICS[name] else "lower"
-        panels.append(_Panel(COLUMNS[name], f"difference (points)\n{better} is better", values))
+        panels.append(Panel(COLUMNS[name], f"difference (points)\n{better} is better", values))
     if not any(values for panel in panels for values in panel.values):
         raise no_pairs(baseline)
     what = names([{"strategy": baseline, "budget": None}])[0]
-    return _dots(f"Difference to {what}, the same seeds paired", groups, panels, zero=True)
+    return dots(f"Difference to {what}, the same seeds paired", groups, panels, zero=True)
 
 
 # Dots: a row per configuration, a panel per quantity ----------------------------------------------
 
 
-class _Panel(NamedTuple):
+class Panel(NamedTuple):
+    """A quantity that ``dots`` draws."""
+
     title: str
     unit: str
     values: list[list[float]]  # per group, per seed; empty where not measured
 
 
-def _dots(
+def dots(
     title: str,
     groups: list[Group],
-    panels: list[_Panel],
+    panels: list[Panel],
     *,
     zero: bool = False,
     same_scale: bool = False,
 ) -> Figure:
+    """A figure with a row per group that has anything to draw, and a panel per quantity.
+
+    ``zero`` marks it; ``same_scale`` is for quantities in one unit. Raises ResultError where no
+    group has anything.
+    """
     kept = [at for at in range(len(groups)) if any(panel.values[at] for panel in panels)]
     if not kept:
         raise ResultError(f"no result has what is drawn here ({title})")
@@ -166,7 +171,7 @@ def _dots(
     for ax, panel in zip(axes, panels, strict=True):
         for row, at in enumerate(kept):
             if panel.values[at]:
-                _draw_dots(ax, row, groups[at], panel.values[at])
+                draw_dots(ax, row, groups[at], panel.values[at])
         if zero:
             ax.axvline(0, color=GREY, linewidth=1)
         ax.set_title(panel.title)
@@ -180,7 +185,8 @@ def _dots(
     return figure
 
 
-def _draw_dots(ax: Axes, row: int, group: Group, values: list[float]) -> None:
+def draw_dots(ax: Axes, row: int, group: Group, values: list[float]) -> None:
+    """One mean with its interval, and the single seeds below it."""
     mean, half = mean_interval(values)
     ax.errorbar(
         [mean],
@@ -196,12 +202,9 @@ def _draw_dots(ax: Axes, row: int, group: Group, values: list[float]) -> None:
         ax.plot(values, [row + 0.25] * len(values), "o", color=group.colour, ms=4, mfc="none")
 
 
-def _numbers(results: list[Result], value: Callable[[Result], float | None]) -> list[float]:
+def numbers(results: list[Result], value: Callable[[Result], float | None]) -> list[float]:
+    """A number per run, without those that have none."""
     return [number for result in results if (number := value(result)) is not None]
-
-
-def metric(name: str) -> Callable[[Result], float | None]:
-    return lambda result: column_value(result, name)
 
 
 def _lost_on(task: str) -> Callable[[Result], float | None]:

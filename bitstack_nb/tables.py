@@ -85,7 +85,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
 
     kept = [name for name in frame.columns if not name.endswith("_interval")]
     rows = [
-        [_cell(row[name], row.get(f"{name}_interval"), name in COLUMNS) for name in kept]
+        [_cell(row[name], row.get(f"{name}_interval"), f"{name}_interval" in row) for name in kept]
         for row in frame.to_dict("records")
     ]
     return pd.DataFrame(rows, columns=[COLUMNS.get(n, n.replace("_", " ")) for n in kept])

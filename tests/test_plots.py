@@ -20,6 +20,7 @@ from toy_results import TASKS, published, run
 
 from bitstack_nb import BitStack
 from bitstack_nb.__main__ import RECORDED, main
+from bitstack_nb.evidence_plots import accuracy_for_storage, drift_attribution, task_differences
 from bitstack_nb.figures import FILE_DPI
 from bitstack_nb.lock_plots import ablation, capacity, lock_heatmaps, mask_bytes
 from bitstack_nb.metrics import forgetting_per_task as points_lost
@@ -34,6 +35,7 @@ from bitstack_nb.plots import (
 from bitstack_nb.results import Result, ResultError, load_results
 
 SEEDS = range(3)
+ORDERS = (TASKS, TASKS[::-1])
 PAPER = [published("bitstack", 3.8), published("finetune", 14.5)]
 
 
@@ -44,7 +46,8 @@ def runs(strategy="bitstack", **settings) -> list[Result]:
 
 BITSTACK, FINETUNE, JOINT = runs(), runs("finetune"), runs("joint")
 SWEEP = [*BITSTACK, *runs(sparsity=0.4), *runs(budget="fresh", sparsity=0.05), *FINETUNE]
-ALL = [*SWEEP, *JOINT, *PAPER]
+SINGLE = runs("single")
+ALL = [*SWEEP, *JOINT, *SINGLE, *PAPER]
 OF_RESULTS = (
     accuracy_matrices,
     forgetting_per_task,
@@ -52,6 +55,9 @@ OF_RESULTS = (
     paired_differences,
     ablation,
     capacity,
+    task_differences,
+    accuracy_for_storage,
+    drift_attribution,
 )
 FIGURES = {draw.__name__: lambda draw=draw: draw(ALL) for draw in OF_RESULTS}
 FIGURES["lock_heatmaps"] = lambda: lock_heatmaps(BITSTACK[0])
@@ -161,6 +167,9 @@ NOTHING = [(draw, [], "no results") for draw in OF_RESULTS] + [
     (paired_differences, BITSTACK, "nothing to pair: no run of 'finetune'"),
     (ablation, FINETUNE, "no result has a sparsity.*bitstack"),
     (capacity, FINETUNE, "no result has locks.*bitstack"),
+    (task_differences, FINETUNE, "nothing to pair: no run of 'single'"),
+    (accuracy_for_storage, [*JOINT, *PAPER], "no result has recorded what its tasks take"),
+    (drift_attribution, SINGLE, "no result has recorded its drift"),
 ]
 
 
@@ -172,7 +181,7 @@ def test_without_anything_to_draw_the_error_says_what_is_missing(draw, results, 
 
 @pytest.mark.parametrize("draw", OF_RESULTS)
 def test_synthetic_tasks_are_called_so(draw):
-    embedded = [*runs(data="embedded")[:1], *runs("finetune", data="embedded")[:1]]
+    embedded = [run(name, data="embedded") for name in ("bitstack", "finetune", "single")]
     assert "synthetic" in draw(embedded).get_suptitle()
     assert "synthetic" not in drawn(draw.__name__)[0].get_suptitle()
 
@@ -193,6 +202,45 @@ def test_accuracy_matrices_are_means_over_seeds_on_one_scale():
         assert [text.get_text() for text in ax.get_xticklabels()] == list(TASKS)
     assert [text.get_text() for text in first.get_yticklabels()] == list(TASKS)
     assert bar.get_ylabel() == "accuracy (%)"
+
+
+def test_differences_on_a_task_are_those_of_its_pairs_whatever_its_place():
+    """The task that seed 0 ends with is the first one of seed 1."""
+    pairs = [(run(seed=s, tasks=t), run("single", s, tasks=t)) for s, t in enumerate(ORDERS)]
+    figure = task_differences(result for pair in pairs for result in pair)
+    assert titles(figure) == list(TASKS)
+    own, base = ([r.matrix[-1] for r in column] for column in zip(*pairs, strict=True))
+    expected = [own[0][2] - base[0][2], own[1][0] - base[1][0]]
+    mean, half, seeds = row(figure.axes[2], "BitStack")
+    np.testing.assert_allclose(seeds, expected)
+    np.testing.assert_allclose([mean, half], mean_interval(expected))
+
+
+def test_storage_is_drawn_where_it_is():
+    figure = accuracy_for_storage([*BITSTACK, *FINETUNE])
+    (ax,) = figure.axes
+    drawn = {tuple(c.lines[0].get_xydata()[0]) for c in ax.containers}
+    expected = {
+        (
+            np.mean([r.storage["bytes"] / 1000 / len(TASKS) for r in results]),
+            np.mean([r.metrics["average_accuracy"] for r in results]),
+        )
+        for results in (BITSTACK, FINETUNE)
+    }
+    np.testing.assert_allclose(sorted(drawn), sorted(expected))
+    assert ax.get_xlim()[0] < 0  # fine-tuning keeps nothing: inside the axis, not on its edge
+
+
+def test_drift_is_what_returns_of_what_was_lost():
+    figure = drift_attribution([*BITSTACK, *SINGLE])
+    (ax,) = figure.axes
+    expected = [r.drift["locked"]["accuracy"] - r.matrix[-1][0] for r in BITSTACK]
+    mean, half, seeds = row(ax, "locked")
+    np.testing.assert_allclose(seeds, expected)
+    np.testing.assert_allclose([mean, half], mean_interval(expected))
+    (dashed,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+    lost = np.mean([r.matrix[0][0] - r.matrix[-1][0] for r in BITSTACK])
+    assert dashed.get_xdata()[0] == pytest.approx(lost)
 
 
 def test_matrices_over_different_orders_number_the_tasks():
@@ -399,7 +447,7 @@ def test_a_notebook_shows_a_returned_figure_as_one_png():
 
 @pytest.fixture
 def recorded(tmp_path):
-    for at, result in enumerate([*BITSTACK, *FINETUNE]):
+    for at, result in enumerate([*BITSTACK, *FINETUNE, *SINGLE]):
         result.save(tmp_path / "recorded" / f"{at}.json")
     return tmp_path / "recorded"
 

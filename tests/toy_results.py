@@ -37,7 +37,17 @@ def run(strategy: str = "bitstack", seed: int = 0, *, tasks=TASKS, **settings: A
         lock_stats=[stats(locks, task) for task in range(1, count + 1)] if locks else [],
         importance=importance(count) if locks else {},
         provenance={"command": "x"},
+        storage={}
+        if strategy == "joint"
+        else {"bytes": int(rng.integers(2, 9)) * 10_000 * len(own)},
+        drift=drift(rng, bool(locks)) if strategy in ("bitstack", "finetune") else {},
     )
+
+
+def drift(rng: np.random.Generator, locks: bool) -> dict[str, Any]:
+    """Accuracies with groups put back, as of ``drift.attribute``."""
+    groups = ["norms", "attention", "MLP", *(["locked", "free"] if locks else [])]
+    return {name: {"accuracy": rng.uniform(20, 90), "entries": 10} for name in groups}
 
 
 def importance(tasks: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import nn
 
 from bitstack_nb.benchmark import finished_stages
+from bitstack_nb.drift import groups
 from bitstack_nb.inputs import Inputs, load_inputs
 from bitstack_nb.plain_json import canonical
 from bitstack_nb.protocol import Protocol
@@ -54,13 +55,20 @@ def _total(left: list[tuple[Protocol, list[list[int]]]], device: torch.device) -
     inputs = load_inputs(left[0][0], device)
     total = (_now(device) - start) * (len({protocol.seed for protocol, _ in left}) - 1)
     with undisturbed_rng(device):
-        step, forward, measure = _seconds(inputs, left[0][0], device)
+        seconds = _seconds(inputs, left[0][0], device)
     for protocol, stages in left:
+        strategy = STRATEGIES[protocol.strategy]
         for stage in stages:
-            rows = STRATEGIES[protocol.strategy].rows(stage, inputs.train, protocol)
-            total += step * inputs.training_batches(rows, protocol)
-            total += forward * inputs.evaluation_batches(stage[-1], protocol)
-            total += measure * (protocol.n_batches or 0)
+            batches = strategy.further_batches(protocol) | {
+                "step": inputs.training_batches(
+                    strategy.rows(stage, inputs.train, protocol), protocol
+                ),
+                "evaluate": inputs.evaluation_batches(stage[-1], protocol),
+            }
+            total += sum(seconds[what] * count for what, count in batches.items())
+        if strategy.drifts:
+            drift = len(groups(inputs.backbone.model, {})) * inputs.evaluation_batches(0, protocol)
+            total += seconds["evaluate"] * drift
     return total
 
 
@@ -69,10 +77,8 @@ def _stages_left(protocol: Protocol, output: Path) -> list[list[int]]:
     return stages[finished_stages(protocol, output) :]
 
 
-def _seconds(
-    inputs: Inputs, protocol: Protocol, device: torch.device
-) -> tuple[float, float, float]:
-    """Seconds of one training step, one evaluation batch, one batch of measuring importance."""
+def _seconds(inputs: Inputs, protocol: Protocol, device: torch.device) -> dict[str, float]:
+    """Seconds of one training step, of one evaluation batch, and of ``further_batches``."""
     model, size = inputs.backbone.model, protocol.batch_size
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     half = half_precision(device)
@@ -96,7 +102,14 @@ def _seconds(
 
     training = _typical_batches(inputs, inputs.train, size, device)
     evaluation = _typical_batches(inputs, inputs.test, 4 * size, device)
-    return _timed(step, training), _timed(forward, evaluation), _timed(measure, training)
+    single = _typical_batches(inputs, inputs.train, 1, device)
+    return {
+        "step": _timed(step, training),
+        "evaluate": _timed(forward, evaluation),
+        "measure": _timed(measure, training),
+        "single": _timed(measure, single),
+        "fit": _timed(forward, training),
+    }
 
 
 def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

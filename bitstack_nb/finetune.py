@@ -37,6 +37,14 @@ class FineTune:
         """What a stage trains on, by task, out of every task's training rows."""
         return {task: data[task] for task in stage}
 
+    @staticmethod
+    def further_batches(protocol: Protocol) -> dict[str, int]:
+        """Batches a stage takes besides training and evaluation, for an estimate of its time.
+
+        ``measure``: gradients of the backbone; ``single``: those of one example; ``fit``: forward.
+        """
+        return {}
+
     def callbacks(self) -> list[TrainerCallback]:
         """What the Trainer of a stage has to call."""
         return []

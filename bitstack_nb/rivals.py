@@ -121,6 +121,11 @@ class Elastic(FineTune):
         self._fisher: dict[str, torch.Tensor] = {}
         self._anchor: dict[str, torch.Tensor] = {}
 
+    @staticmethod
+    def further_batches(protocol: Protocol) -> dict[str, int]:
+        """Those of one example that the Fisher is measured on."""
+        return {"single": protocol.n_batches * protocol.batch_size}
+
     def callbacks(self) -> list[TrainerCallback]:
         """Adds the penalty to the loss."""
         return [_AddToLoss(self.penalty)]

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BUDGETS", "MODES", "BitStack", "LockedEntriesMoved", "check_settings"]
 
+HEAD_STEPS = 32
+
 logger = logging.getLogger(__name__)
 
 
@@ -197,7 +199,7 @@ class BitStack:
         loader: Iterable[Mapping[str, Any]],
         n_batches: int = 32,
         *,
-        head_steps: int = 32,
+        head_steps: int = HEAD_STEPS,
         head_learning_rate: float = 5e-3,
     ) -> dict[str, float]:
         """Open the next task: give it the ``sparsity`` of all entries that matter most for it.

@@ -17,7 +17,7 @@ from bitstack_nb.curves import CurveRecorder
 from bitstack_nb.finetune import FineTune, n_bytes
 from bitstack_nb.protocol import Protocol
 from bitstack_nb.select import top_masks
-from bitstack_nb.stack import BitStack
+from bitstack_nb.stack import HEAD_STEPS, BitStack
 
 
 class _Stacked(FineTune):
@@ -30,6 +30,11 @@ class _Stacked(FineTune):
 
     def _new_stack(self) -> BitStack:
         return BitStack(self.model, self.protocol.sparsity, **self._settings)
+
+    @staticmethod
+    def further_batches(protocol: Protocol) -> dict[str, int]:
+        """Those that importance is measured on."""
+        return {"measure": protocol.n_batches}
 
     def callbacks(self) -> list[TrainerCallback]:
         """Keeps exact what may not move, and verifies it after the stage."""
@@ -179,6 +184,11 @@ class ExactRecall(_Stacked):
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:
         super().__init__(model, protocol, mode="recall")
+
+    @staticmethod
+    def further_batches(protocol: Protocol) -> dict[str, int]:
+        """Those too that the head is fitted on."""
+        return {"measure": protocol.n_batches, "fit": HEAD_STEPS}
 
     def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
         """Choose the task's entries."""

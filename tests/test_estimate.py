@@ -30,6 +30,12 @@ def test_more_work_takes_longer_and_finished_work_none(tmp_path):
     assert estimate([SMALL], output=tmp_path) == 0
 
 
+@pytest.mark.parametrize("strategy", ["bitstack", "recall", "ewc"])
+def test_what_a_strategy_does_besides_training_counts(tmp_path, strategy):
+    few, many = (SMALL.with_strategy(strategy, n_batches=n) for n in (1, 1000))
+    assert estimate([many], output=tmp_path) > 5 * estimate([few], output=tmp_path)
+
+
 def test_stages_that_a_broken_run_saved_do_not_count(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise KeyboardInterrupt

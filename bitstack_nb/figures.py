@@ -1,4 +1,4 @@
-"""All figures of some results as PNG files: what ``python -m bitstack_nb figures`` writes."""
+"""All figures and tables of some results: what ``python -m bitstack_nb figures`` writes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from bitstack_nb import evidence_plots, lock_plots, mask_plots, plots
 from bitstack_nb.files import replacing
 from bitstack_nb.plot_style import Figure, grouped, png
 from bitstack_nb.protocol import Protocol
+from bitstack_nb.reports import tables_text
 from bitstack_nb.results import Result, ResultError
 
 FILE_DPI = 130
@@ -19,9 +20,9 @@ FILE_DPI = 130
 def write_figures(
     results: list[Result], folder: str | os.PathLike[str]
 ) -> tuple[list[Path], dict[str, str]]:
-    """Write every figure that ``results`` allow to ``folder``, each whole or not at all.
+    """Write what ``results`` allow to ``folder``: figures as PNG, and the tables as ``tables.md``.
 
-    All are drawn before the first is written.
+    Each file is whole or not there; all are drawn before the first is written.
 
     Returns:
         The files, and by name why a figure was not drawn.
@@ -31,24 +32,25 @@ def write_figures(
         OSError: a file cannot be written; it is named.
     """
     grouped(results)  # what is wrong with the results as a whole is an error, and not a figure less
-    pictures: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     left_out: dict[str, str] = {}
     for name, draw in _figures(results):
         try:
-            pictures[name] = png(draw(), dpi=FILE_DPI)
+            contents[f"{name}.png"] = png(draw(), dpi=FILE_DPI)
         except ResultError as error:
             left_out[name] = str(error)
-    if not pictures:
+    if not contents:
         raise ResultError("; ".join(f"no figure {name}: {why}" for name, why in left_out.items()))
     files = []
-    for name, picture in pictures.items():
-        files.append(Path(folder) / f"{name}.png")
+    contents["tables.md"] = tables_text(results).encode()
+    for name, content in contents.items():
+        files.append(Path(folder) / name)
         try:
             with replacing(files[-1]) as temporary:
-                temporary.write_bytes(picture)
+                temporary.write_bytes(content)
         except OSError as error:
             raise OSError(
-                error.errno, f"cannot write the figure ({error.strerror})", str(files[-1])
+                error.errno, f"cannot write the file ({error.strerror})", str(files[-1])
             ) from error
     return files, left_out
 

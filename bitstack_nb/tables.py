@@ -92,8 +92,12 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def format_table(frame: pd.DataFrame) -> str:
-    """Markdown of ``table``'s frame, aligned to be read as plain text too: mean ± half width."""
-    shown = readable(frame)
+    """Markdown of ``table``'s frame (or one like it): mean ± half width."""
+    return markdown(readable(frame))
+
+
+def markdown(shown: pd.DataFrame) -> str:
+    """Markdown of a frame of text, aligned to be read as plain text too."""
     lines = [list(shown.columns), *shown.to_numpy().tolist()]
     lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

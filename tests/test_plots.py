@@ -33,6 +33,7 @@ from bitstack_nb.plots import (
     paired_differences,
 )
 from bitstack_nb.results import Result, ResultError, load_results
+from bitstack_nb.tables import format_table, table
 
 SEEDS = range(3)
 ORDERS = (TASKS, TASKS[::-1])
@@ -459,9 +460,12 @@ def test_the_command_writes_every_figure_and_says_so(recorded, tmp_path, capsys)
     assert sorted(capsys.readouterr().out.split()) == [str(file) for file in files]
     of_a_run = {"lock_heatmaps", "mask_weight", "task_overlap"}
     names = {draw.__name__ for draw in OF_RESULTS} | {f"{name}_bitstack_union" for name in of_a_run}
-    assert {file.name for file in files} == {f"{name}.png" for name in names}
+    assert {file.name for file in files} == {f"{name}.png" for name in names} | {"tables.md"}
     expected = png(comparison(load_results(recorded)), dpi=FILE_DPI)
     assert (out / "comparison.png").read_bytes() == expected
+    tables = (out / "tables.md").read_text()
+    assert format_table(table(load_results(recorded))) in tables
+    assert "separate models, task by task" in tables and "random mask" not in tables
 
 
 def test_the_command_says_what_cannot_be_drawn(tmp_path, capsys):

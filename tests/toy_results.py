@@ -15,6 +15,16 @@ TASKS = ("imdb", "ag_news", "dbpedia")
 PLACES = {(0, "attn.query"): 40, (0, "mlp.dense"): 60, (1, "attn.query"): 40, (1, "mlp.dense"): 60}
 POOLER = {(None, "pooler.dense"): 20}
 
+PROVENANCE = {
+    "command": "x",
+    "date": "2026-01-01T00:00:00+00:00",
+    "gpus": [],
+    "cpu": "toy",
+    "cores": 2,
+    "packages": {"torch": "2.13.0"},
+    "git": None,
+}
+
 
 def run(strategy: str = "bitstack", seed: int = 0, *, tasks=TASKS, **settings: Any) -> Result:
     """A run whose accuracies and locks are drawn from its strategy, settings and seed."""
@@ -36,7 +46,7 @@ def run(strategy: str = "bitstack", seed: int = 0, *, tasks=TASKS, **settings: A
         locks=locks,
         lock_stats=[stats(locks, task) for task in range(1, count + 1)] if locks else [],
         importance=importance(count) if locks else {},
-        provenance={"command": "x"},
+        provenance=PROVENANCE,
         storage={}
         if strategy == "joint"
         else {"bytes": int(rng.integers(2, 9)) * 10_000 * len(own)},

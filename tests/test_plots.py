@@ -514,5 +514,5 @@ def test_a_figure_that_cannot_be_written_is_named_and_nothing_half_is_left(tmp_p
         assert main(["figures", str(tmp_path / "in.json"), "--output", str(out)]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert re.search(r"error: .*cannot write the figure.*comparison\.png", capsys.readouterr().err)
+    assert re.search(r"error: .*cannot write the file.*comparison\.png", capsys.readouterr().err)
     assert not list(out.iterdir())

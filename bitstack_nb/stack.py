@@ -372,8 +372,8 @@ class BitStack:
         self._guard.add_gradient_hooks()
 
     def save(self, path: str | os.PathLike[str], *, values: bool = True) -> None:
-        """Write the stack as safetensors, one bit per eligible entry, or in mode ``"recall"``
-        ceil(log2(tasks + 1)).
+        """Write the stack as safetensors, one bit per eligible entry, or in mode ``"recall"`` at
+        most ceil(log2(tasks + 1)), less where tasks own little.
 
         ``values=False`` leaves out the locked values, for keeping it beside the model's weights;
         a stack of mode ``"recall"`` has them nowhere else and refuses with a ValueError.

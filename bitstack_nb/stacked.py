@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from bitstack_nb import storage
 from bitstack_nb.curves import CurveRecorder
 from bitstack_nb.finetune import FineTune, n_bytes
 from bitstack_nb.protocol import Protocol
@@ -203,7 +204,7 @@ class ExactRecall(_Stacked):
         return self._stack.recall(task)
 
     def storage(self, data: Sequence[Dataset]) -> int:
-        """Which entry is whose, and the tasks' values."""
+        """Which entry is whose, as it is stored, and the tasks' values."""
         state = self._stack.state_dict()
         values = [own for task in state["values"] for own in task.values()]
-        return n_bytes([*state["owners"].values(), *values])
+        return n_bytes([storage.packed_owners(state), *values])

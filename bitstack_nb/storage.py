@@ -7,20 +7,23 @@ parameters). Metadata: format, version, bit order, whether values are there, set
 parameters' names, shapes and dtypes as JSON. One tensor for all masks keeps the header small: a
 stack costs one bit per eligible entry.
 
-Version 2, mode ``recall``. Tensors: ``owners`` (uint8 [planes, bytes], see ``bits.owned``; laid out
-as masks are) and ``values.<dtype>`` (the tasks' values of the parameters of that dtype, task after
-task, in the same order). Metadata: the number of tasks, and the base's digests by name, because a
-task's values mean nothing on another base; the rest as above.
+Version 3, mode ``recall``. Tensors: ``owners`` (uint8 [planes, bytes], see ``bits.owned``, laid out
+as masks are; compressed by zlib, which takes a fraction where tasks own little) and
+``values.<dtype>`` (the tasks' values of the parameters of that dtype, task after task, in the same
+order). Metadata: the number of tasks, and the base's digests by name, because a task's values mean
+nothing on another base; the rest as above. Version 2 had ``owners`` as they are.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -29,7 +32,7 @@ from bitstack_nb import bits
 from bitstack_nb.files import replacing
 
 FORMAT, BIT_ORDER = "bitstack-masks", "little"
-VERSIONS = {"1": "protect", "2": "recall"}
+VERSIONS = {"1": "protect", "2": "recall", "3": "recall"}
 
 
 class MaskFileError(ValueError):
@@ -43,7 +46,7 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any], *, values: boo
             raise ValueError(
                 "values=False would lose the tasks: mode 'recall' has them nowhere else"
             )
-        version, (tensors, own) = "2", _recall_content(state)
+        version, (tensors, own) = "3", _recall_content(state)
     else:
         version, (tensors, own) = "1", _protect_content(state, values=values)
     parameters = [[n, p["shape"], p["dtype"]] for n, p in state["parameters"].items()]
@@ -77,10 +80,29 @@ def _protect_content(state: Mapping[str, Any], *, values: bool) -> Content:
 
 
 def _recall_content(state: Mapping[str, Any]) -> Content:
-    owners = torch.cat([state["owners"][n].cpu() for n in state["parameters"]], dim=1)
-    tensors = {"owners": owners, **_by_dtype(state["parameters"], state["values"])}
+    tensors = {"owners": packed_owners(state), **_by_dtype(state["parameters"], state["values"])}
     base = json.dumps(state["base"], separators=(",", ":"))
     return tensors, {"tasks": str(len(state["values"])), "base": base}
+
+
+def packed_owners(state: Mapping[str, Any]) -> torch.Tensor:
+    """Which entry is whose, as the file of mode ``recall`` has it: uint8, one dimension."""
+    planes = torch.cat([state["owners"][n].cpu() for n in state["parameters"]], dim=1)
+    return _bytes(zlib.compress(planes.numpy()))
+
+
+def _unpacked_owners(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The planes [planes, bytes] again; never more than that, whatever the file holds."""
+    inflate = zlib.decompressobj()
+    # A byte more than wanted, so that too many are seen.
+    flat = inflate.decompress(packed.numpy().tobytes(), shape[0] * shape[1] + 1)
+    if len(flat) != shape[0] * shape[1] or not inflate.eof or inflate.unused_data:
+        raise ValueError(f"the owners do not unpack to {shape[0]} planes of {shape[1]} bytes")
+    return _bytes(flat).view(shape)
+
+
+def _bytes(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(numpy.frombuffer(data, numpy.uint8).copy())
 
 
 def _by_dtype(
@@ -122,7 +144,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     try:
         return (_recall_state if mode == "recall" else _protect_state)(metadata, tensors)
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, zlib.error) as error:
         raise MaskFileError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -167,7 +189,10 @@ def _recall_state(
 ) -> dict[str, Any]:
     parameters, tasks = _parameters(metadata), int(metadata["tasks"])
     sizes = [bits.packed_size(p["shape"]) for p in parameters.values()]
-    planes = dict(zip(parameters, tensors["owners"].split(sizes, dim=1), strict=True))
+    owners = tensors["owners"]
+    if metadata["version"] != "2":
+        owners = _unpacked_owners(owners, (tasks.bit_length(), sum(sizes)))
+    planes = dict(zip(parameters, owners.split(sizes, dim=1), strict=True))
     counts: list[dict[str, int]] = [{} for _ in range(tasks)]
     for name, own in planes.items():
         for plane in own:

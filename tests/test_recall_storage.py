@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import unittest
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -248,12 +249,31 @@ class Refused(Case):
                 self.rewritten(lambda _, metadata, e=entry: metadata.update({e: "{]"}))
                 self.refuse()
 
+    def repacked(self, change) -> None:
+        """The file with its owners changed after unpacking them."""
+        planes = torch.cat(list(self.good.state_dict()["owners"].values()), dim=1)
+
+        def pack(tensors, _) -> None:
+            data = zlib.compress(change(planes.clone()).numpy())
+            tensors["owners"] = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+
+        self.rewritten(pack)
+
     def test_owners_that_are_not_there(self):
         _, self.good = self.trained(tasks=2)
-        self.rewritten(lambda tensors, _: tensors["owners"].fill_(0b11))
+        self.repacked(lambda planes: planes.fill_(0b11))
         self.refuse("damaged.*task that is not there")
-        self.rewritten(lambda tensors, _: tensors["owners"][:, -1:].fill_(255))
+        self.repacked(
+            lambda planes: planes.index_fill_(1, torch.tensor([planes.shape[1] - 1]), 255)
+        )
         self.refuse("stack.safetensors")
+
+    def test_owners_that_unpack_to_another_size(self):
+        """A small file must not fill the memory either."""
+        _, self.good = self.trained(tasks=2)
+        for zeros in (1, 10_000_000):
+            self.repacked(lambda _, zeros=zeros: torch.zeros(zeros, dtype=torch.uint8))
+            self.refuse("damaged.*do not unpack to 2 planes")
 
 
 class OldFiles(FileCase):
@@ -297,6 +317,20 @@ class OldFiles(FileCase):
         with safe_open(self.path, framework="pt") as file:
             self.assertEqual(file.metadata().keys(), metadata.keys())
             self.assertEqual(file.metadata()["version"], "1")
+
+
+class OldRecallFiles(Case):
+    def test_version_2(self):
+        """Owners as they are, not compressed."""
+        _, stack = self.trained()
+        stack.save(self.path)
+        tensors = load_file(self.path)
+        with safe_open(self.path, framework="pt") as file:
+            metadata = dict(file.metadata())
+        self.assertEqual(metadata["version"], "3")
+        planes = torch.cat(list(stack.state_dict()["owners"].values()), dim=1)
+        save_file({**tensors, "owners": planes}, self.path, {**metadata, "version": "2"})
+        self.assert_recalls(model := tiny.plain(), BitStack.load(self.path, model))
 
 
 if __name__ == "__main__":

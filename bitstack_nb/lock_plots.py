@@ -29,7 +29,7 @@ from bitstack_nb.plot_style import (
 )
 from bitstack_nb.results import Result, ResultError
 
-_OUTSIDE = "other"
+OUTSIDE = "other"
 _LEFT = "0.95"
 _DASHES = ("-", "--", ":", "-.")
 
@@ -39,8 +39,9 @@ def ablation(results: Iterable[Result]) -> Figure:
     """Metrics, locks and the masks' weight against sparsity: a line per budget.
 
     A line whose runs have no sparsity 0 of their own starts with the fine-tuning runs that agree
-    with them in all settings. A mask weighs one bit per eligible entry and 4 bytes per locked one,
-    its float32 value (``storage``; headers aside). Raises ResultError without a sparsity.
+    with them in all settings (but not one of exact recall). A mask weighs one bit per eligible
+    entry and 4 bytes per locked one, its float32 value (``storage``; headers aside). Raises
+    ResultError without a sparsity.
     """
     results = list(results)
     lines = _sparsity_lines(results)
@@ -93,8 +94,9 @@ def _sparsity_lines(results: list[Result]) -> list[_Line]:
             lines[label] = _Line(label, group.colour, group.marker, dash, {})
         lines[label].points[group.settings["sparsity"]] = group.results
     for line in lines.values():
-        if 0 not in line.points:
-            runs = [run for own in line.points.values() for run in own]
+        runs = [run for own in line.points.values() for run in own]
+        # Recall without entries would be a head on the base, and not fine-tuning.
+        if 0 not in line.points and runs[0].protocol["strategy"] != "recall":
             partners = [p for run in runs if (p := partner(run, results, "finetune"))]
             zero = [p for at, p in enumerate(partners) if p not in partners[:at]]
             line.points.update({0: zero} if zero else {})
@@ -129,9 +131,11 @@ def mask_bytes(result: Result) -> float | None:
     """Bytes of a run's masks and the values under them; None where it is not known.
 
     One bit per eligible entry and 4 bytes per locked one (float32), as ``storage`` writes them;
-    names, counts per task and the bits that fill a parameter's last byte come on top. 0 for
-    strategies that do not lock.
+    names, counts per task and the bits that fill a parameter's last byte come on top. Of exact
+    recall what the run recorded, its owners being compressed. 0 for strategies that do not lock.
     """
+    if result.protocol.get("strategy") == "recall":
+        return result.storage.get("bytes")
     if not result.lock_stats:
         return 0.0 if _locks_nothing(result) else None
     stats = result.lock_stats[-1]
@@ -158,7 +162,7 @@ def lock_heatmaps(locks: Result | pd.DataFrame) -> Figure:
     budget ``union`` some of that was locked before. The row "other" is what lies outside the
     blocks. Raises ResultError where there are no locks.
     """
-    table, tasks = _layer_table(locks)
+    table, tasks = layer_table(locks)
     panels = []
     for number, name in enumerate(tasks, start=1):
         own = table[table["task"] == number]
@@ -201,7 +205,7 @@ def _heatmap_title(locks: Result | pd.DataFrame) -> str:
     return titled(f"{title}: {what}, sparsity {sparsity}, seed {seed}", [locks])
 
 
-def _layer_table(locks: Result | pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+def layer_table(locks: Result | pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """A layer table whose layer is text, and a name per task."""
     is_result = isinstance(locks, Result)
     table = pd.DataFrame(locks.locks) if is_result else locks
@@ -230,7 +234,7 @@ def _shares(table: pd.DataFrame, what: str) -> pd.DataFrame:
         layer = None if pd.isna(row["layer"]) else row["layer"]
         at = layers.index(layer), modules.index(row["module"])
         shares[at] = row[what] / row["eligible"] if row["eligible"] else 0.0
-    index = [_OUTSIDE if layer is None else int(layer) for layer in layers]
+    index = [OUTSIDE if layer is None else int(layer) for layer in layers]
     return pd.DataFrame(shares, index=index, columns=modules)
 
 
@@ -254,7 +258,7 @@ def capacity(locks: Iterable[Result] | pd.DataFrame) -> Figure:
     there are no locks.
     """
     if isinstance(locks, pd.DataFrame):
-        table, tasks = _layer_table(locks)
+        table, tasks = layer_table(locks)
         bars, members = {"this stack": [_locked_after(table)]}, []
     else:
         groups = [g for g in grouped(locks) if all(r.locks for r in g.results)]
@@ -264,7 +268,7 @@ def capacity(locks: Iterable[Result] | pd.DataFrame) -> Figure:
         tasks = shared_task_names(members)
         bars = {
             counted(g.label, [len(g.results)]): [
-                _locked_after(_layer_table(r)[0]) for r in g.results
+                _locked_after(layer_table(r)[0]) for r in g.results
             ]
             for g in groups
         }

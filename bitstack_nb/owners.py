@@ -95,6 +95,17 @@ class Owners:
             _put(mask, self._open[name], True)
         return mask
 
+    def numbers(self, name: str) -> torch.Tensor:
+        """Whose each entry of a parameter is: int32 of its shape, 0 of nobody, t + 1 of task t."""
+        self._follow({name: self.parameters[name]})
+        shape = self.parameters[name].shape
+        owner = torch.zeros(shape, dtype=torch.int32, device=self.parameters[name].device)
+        for bit, plane in enumerate(self._planes[name]):
+            owner += bits.unpack(plane, shape).to(torch.int32) << bit
+        if self._open is not None:
+            _put(owner, self._open[name], self.closed + 1)
+        return owner
+
     def _positions(self, task: int, name: str) -> torch.Tensor:
         """Where a task's entries lie in the flattened parameter, ascending: int64."""
         if task == self.closed:
@@ -308,7 +319,7 @@ def _take(tensor: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1)[where]
 
 
-def _put(tensor: torch.Tensor, where: torch.Tensor, values: torch.Tensor | bool) -> None:
+def _put(tensor: torch.Tensor, where: torch.Tensor, values: torch.Tensor | bool | int) -> None:
     """Write into the entries at these positions of the flattened tensor."""
     flat = tensor.reshape(-1)
     flat[where] = values

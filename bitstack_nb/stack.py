@@ -223,7 +223,7 @@ class BitStack:
                 fitted), or as in :meth:`update`. Nothing has changed.
             RuntimeError: a task is open already.
         """
-        self._in_recall_mode("begin").begin(
+        self._in_recall_mode("begin()").begin(
             loader, n_batches, head_steps=head_steps, head_learning_rate=head_learning_rate
         )
         return self.stats()
@@ -241,16 +241,16 @@ class BitStack:
         Raises:
             ValueError: there is no such task.
         """
-        return self._in_recall_mode("recall").recall(task)
+        return self._in_recall_mode("recall()").recall(task)
 
     def export(self, task: int | None) -> nn.Module:
         """A copy of a task's model, with the head that is in it now, that knows of no stack."""
-        return self._in_recall_mode("export").export(task)
+        return self._in_recall_mode("export()").export(task)
 
     def _in_recall_mode(self, method: str) -> Recall:
         if self._recall is None:
             raise RuntimeError(
-                f'{method}() needs a stack of mode "recall", and this one has mode "protect"'
+                f'{method} needs a stack of mode "recall", and this one has mode "protect"'
             )
         return self._recall
 
@@ -316,6 +316,15 @@ class BitStack:
         In mode ``"recall"`` locked is what any task owns, the open one too.
         """
         return Masks(self._locks.parameters, self._locks.mask)
+
+    @property
+    def owners(self) -> Mapping[str, torch.Tensor]:
+        """Name -> int32 tensor of the parameter's shape: 0 of nobody, t + 1 of task t.
+
+        Of mode ``"recall"``; unpacked on look-up. The tasks' values are in :meth:`recall`.
+        """
+        self._in_recall_mode("owners")
+        return Masks(self._locks.parameters, self._locks.numbers)
 
     def stats(self) -> dict[str, float]:
         """Locked, total and eligible entries; locked in percent of all and of the eligible."""

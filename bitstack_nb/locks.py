@@ -62,6 +62,14 @@ class Locks:
 
     def mask(self, name: str) -> torch.Tensor:
         """A parameter's mask, unpacked on its device: bool, of its shape, True where locked."""
+        return bits.unpack(self._followed(name), self.parameters[name].shape)
+
+    def _positions(self, name: str) -> torch.Tensor:
+        """Where a parameter is locked: int64 positions in it flattened, ascending."""
+        return bits.positions(self._followed(name), self.parameters[name].shape)
+
+    def _followed(self, name: str) -> torch.Tensor:
+        """A parameter's packed mask, on its device, as its values are; refuses another dtype."""
         parameter, values = self.parameters[name], self._values[name]
         if not len(values):  # nothing locked yet: a cast of the model loses nothing
             values = self._values[name] = parameter.detach().new_empty(0)
@@ -73,7 +81,7 @@ class Locks:
         if self._bits[name].device != parameter.device:
             self._bits[name] = self._bits[name].to(parameter.device)
             self._values[name] = values.to(parameter.device)
-        return bits.unpack(self._bits[name], parameter.shape)
+        return self._bits[name]
 
     @torch.no_grad()
     def add(self, chosen: Mapping[str, torch.Tensor]) -> None:
@@ -98,13 +106,21 @@ class Locks:
     def movable_part(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of a parameter, zero where it is locked."""
         # Not a product with the mask: inf * 0 is NaN.
-        return gradient.masked_fill(self.mask(name), 0)
+        if gradient.device.type != "cpu":
+            return gradient.masked_fill(self.mask(name), 0)
+        part = gradient.clone()  # by position: twice as fast there
+        bits.put(part, self._positions(name), 0)
+        return part
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put every locked entry back to the value it was locked with."""
         for name in self.names:
-            self.parameters[name].masked_scatter_(self.mask(name), self._values[name])
+            parameter = self.parameters[name]
+            if parameter.device.type == "cpu":
+                bits.put(parameter, self._positions(name), self._values[name])
+            else:  # without waiting for how many positions there are
+                parameter.masked_scatter_(self.mask(name), self._values[name])
 
     @torch.no_grad()
     def moved(self) -> dict[str, int]:

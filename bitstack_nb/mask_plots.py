@@ -155,10 +155,7 @@ def owned_entries(stack: BitStack, name: str, *, size: int = 96) -> Figure:
     ax.imshow(shown, cmap=colours, vmin=-0.5, vmax=max(tasks, 1) + 0.5, interpolation="nearest")
     ax.grid(visible=False)
     ax.set(xlabel="column", ylabel="row")
-    patches = [
-        Patch(color=colours(task), label=f"task {task}")
-        for task in range(1, tasks + 1)
-    ]
+    patches = [Patch(color=colours(task), label=f"task {task}") for task in range(1, tasks + 1)]
     figure.legend(handles=patches, loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(f"Whose each entry of {name} is")
     return figure

@@ -92,7 +92,7 @@ class Owners:
         self._follow({name: self.parameters[name]})
         mask = bits.unpack(bits.owned_by_any(self._planes[name]), self.parameters[name].shape)
         if self._open is not None:
-            _put(mask, self._open[name], True)
+            bits.put(mask, self._open[name], True)
         return mask
 
     def numbers(self, name: str) -> torch.Tensor:
@@ -103,7 +103,7 @@ class Owners:
         for bit, plane in enumerate(self._planes[name]):
             owner += bits.unpack(plane, shape).to(torch.int32) << bit
         if self._open is not None:
-            _put(owner, self._open[name], self.closed + 1)
+            bits.put(owner, self._open[name], self.closed + 1)
         return owner
 
     def _positions(self, task: int, name: str) -> torch.Tensor:
@@ -129,16 +129,16 @@ class Owners:
         aside, covered, own = {}, {}, {}
         for name, parameter in self.parameters.items():
             if self._shows_open:
-                aside[name] = _take(parameter, former[name])
+                aside[name] = bits.take(parameter, former[name])
             if task is not None:
                 base = parameter if self._base is None else self._base[name]
-                covered[name] = _take(base, coming[name])
+                covered[name] = bits.take(base, coming[name])
                 own[name] = (self._aside if task == self.closed else self._values[task])[name]
         for name, parameter in self.parameters.items():
             if self.shown is not None:
-                _put(parameter, former[name], self._covered[name])
+                bits.put(parameter, former[name], self._covered[name])
             if task is not None:
-                _put(parameter, coming[name], own[name])
+                bits.put(parameter, coming[name], own[name])
         self._aside = {} if task == self.closed else aside or self._aside
         self._covered = covered
         self.shown = task
@@ -159,7 +159,7 @@ class Owners:
     def open(self, chosen: Mapping[str, torch.Tensor]) -> None:
         """Open a task that owns these entries (bool masks). The base must be shown."""
         where = {name: mask.flatten().nonzero().flatten() for name, mask in chosen.items()}
-        self._covered = {n: _take(p, where[n]) for n, p in self.parameters.items()}
+        self._covered = {n: bits.take(p, where[n]) for n, p in self.parameters.items()}
         self._open, self.shown = where, self.closed
 
     @torch.no_grad()
@@ -168,9 +168,9 @@ class Owners:
         planes, values = {}, {}
         for name, where in self._open.items():
             parameter = self.parameters[name]
-            values[name] = _take(parameter, where)
+            values[name] = bits.take(parameter, where)
             mask = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
-            _put(mask, where, True)
+            bits.put(mask, where, True)
             planes[name] = bits.with_owner(self._planes[name], bits.pack(mask), self.closed)
         self._planes, self._open = planes, None
         self._values.append(values)
@@ -195,7 +195,7 @@ class Owners:
         part = torch.zeros_like(gradient)
         if self._shows_open and name in self._open:
             self._follow({name: self.parameters[name]})
-            _put(part, self._open[name], _take(gradient, self._open[name]))
+            bits.put(part, self._open[name], bits.take(gradient, self._open[name]))
         return part
 
     @torch.no_grad()
@@ -206,7 +206,7 @@ class Owners:
             if self._base is not None:
                 tensor.copy_(self._base[name])
             if own is not None:
-                _put(tensor, *own)
+                bits.put(tensor, *own)
 
     @torch.no_grad()
     def moved(self) -> dict[str, int]:
@@ -216,7 +216,7 @@ class Owners:
             expected = (tensor if self._base is None else self._base[name]).detach().clone()
             own = self._own(name, tensor)
             if own is not None:
-                _put(expected, *own)
+                bits.put(expected, *own)
             moved[name] = differing(tensor, expected)
         return {name: number for name, number in moved.items() if number}
 
@@ -225,7 +225,9 @@ class Owners:
         if self.shown is None or name not in self.parameters:
             return None
         where = self._positions(self.shown, name)
-        return where, _take(tensor, where) if self._shows_open else self._values[self.shown][name]
+        return where, bits.take(tensor, where) if self._shows_open else self._values[self.shown][
+            name
+        ]
 
     def _followed(self) -> Iterable[tuple[str, torch.Tensor]]:
         everything = self._everything()
@@ -312,16 +314,3 @@ def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bits, its first 16 hexadecimal digits."""
     plain = bit_pattern(tensor.detach()).contiguous().cpu().numpy()
     return hashlib.sha256(plain).hexdigest()[:16]
-
-
-def _take(tensor: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """The entries at these positions of the flattened tensor."""
-    return tensor.reshape(-1)[where]
-
-
-def _put(tensor: torch.Tensor, where: torch.Tensor, values: torch.Tensor | bool | int) -> None:
-    """Write into the entries at these positions of the flattened tensor."""
-    flat = tensor.reshape(-1)
-    flat[where] = values
-    if flat.data_ptr() != tensor.data_ptr():  # not contiguous: that was a copy
-        tensor.copy_(flat.view(tensor.shape))

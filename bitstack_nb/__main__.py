@@ -31,7 +31,9 @@ from bitstack_nb.tasks import (
 
 ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)
 # Each is drawn by itself: their protocols differ in more than a figure's labels can say.
-RECORDED = tuple(Path("results") / f"minilm-l6{name}" for name in ("", "-ablation", "-stronger"))
+RECORDED = tuple(
+    Path("results") / f"minilm-l6{name}" for name in ("", "-ablation", "-stronger", "-evidence")
+)
 SYNTHETIC = (
     "Data: embedded, synthetic. These numbers show that the machinery works, not how well the "
     "method does on real text (README.md, Results)."

@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
-from bitstack_nb.pairs import paired_table, paired_tasks
+from bitstack_nb.metrics import mean_interval
+from bitstack_nb.pairs import difference, paired_table, paired_tasks
 from bitstack_nb.results import Result, ResultError
-from bitstack_nb.tables import format_table, markdown, provenance_table, table
+from bitstack_nb.tables import (
+    configurations,
+    format_table,
+    markdown,
+    provenance_table,
+    table,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
+# What the summary leaves out of the table.
+_LEFT_OUT = ("forgetting_chaudhry", "first_task_after_last", "locked_of_all", "locked_of_eligible")
 _NOTE = (
     "In percent or points: mean ± half width of the 95 % Student interval over the seeds. Written "
     "by `python -m bitstack_nb figures`."
 )
 
 
+def summary(results: list[Result]) -> pd.DataFrame:
+    """The comparison in one table, best first; ``tables.readable`` shows it.
+
+    As ``tables.table``, with less of it, and with ``minus_separate_models``: the average accuracy
+    less that of separate models on the same seeds, in points, NaN where there is no such pair.
+    """
+    frame = table(results)
+    found = [_to_single(item.results, results) for item in configurations(results)]
+    frame["minus_separate_models"] = [mean for mean, _ in found]
+    frame["minus_separate_models_interval"] = [half for _, half in found]
+    columns = [name for name in frame if name.removesuffix("_interval") not in _LEFT_OUT]
+    return frame[columns].sort_values("average_accuracy", ascending=False, kind="stable")
+
+
+def _to_single(members: list[Result], results: list[Result]) -> tuple[float, float]:
+    """Mean and half width of one configuration's differences, NaN where there are none."""
+    pairs = [difference(r, results, "average_accuracy", baseline="single") for r in members]
+    values = [value for value in pairs if value is not None]
+    if not values or members[0].protocol["strategy"] == "single":
+        return math.nan, math.nan
+    mean, half = mean_interval(values)
+    return mean, math.nan if half is None else half
+
+
 def tables_text(results: list[Result]) -> str:
     """Configurations, their paired differences as far as there are pairs, and provenance."""
-    sections = {"Configurations": format_table(table(results))}
+    sections = {"Summary": format_table(summary(results))}
+    sections["Configurations in full"] = format_table(table(results))
     for heading, make in {
         "Difference to fine-tuning": partial(paired_table, results, "finetune"),
         "Difference to separate models": partial(paired_table, results, "single"),

@@ -8,6 +8,7 @@ from toy_results import TASKS, published, run
 
 from bitstack_nb.metrics import mean_interval
 from bitstack_nb.pairs import METRICS, paired_table, partner, verdict
+from bitstack_nb.reports import summary
 from bitstack_nb.results import ResultError
 
 SEEDS = range(4)
@@ -115,3 +116,17 @@ def test_what_cannot_be_judged_is_said():
         paired_table([run("bitstack", 0), run("finetune", 1)])
     with pytest.raises(ResultError, match="2: choose"):
         verdict([*RESULTS, run("bitstack", 0, budget="fresh")])
+
+
+def test_the_summary_is_sorted_and_paired_with_separate_models():
+    runs = [run(name, seed) for name in ("finetune", "bitstack", "single") for seed in range(3)]
+    frame = summary(runs)
+    assert list(frame["average_accuracy"]) == sorted(frame["average_accuracy"], reverse=True)
+    assert "locked_of_all" not in frame
+    by_strategy = frame.set_index("strategy")
+    assert math.isnan(by_strategy.loc["single", "minus_separate_models"])
+    accuracies = [[r.metrics["average_accuracy"] for r in runs[at : at + 3]] for at in (3, 6)]
+    mean, half = mean_interval([own - other for own, other in zip(*accuracies, strict=True)])
+    row = by_strategy.loc["bitstack"]
+    assert row["minus_separate_models"] == pytest.approx(mean)
+    assert row["minus_separate_models_interval"] == pytest.approx(half)

@@ -1,4 +1,4 @@
-"""Command line: ``python -m bitstack_nb run | ablation | stronger | figures``, each with --help."""
+"""``python -m bitstack_nb run | ablation | stronger | figures | cost``, each with --help."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bitstack_nb.protocol import OWN_SETTINGS, PRESETS, STRATEGIES, Protocol
 from bitstack_nb.results import Result, load_results
 from bitstack_nb.sampling import SAMPLINGS
 from bitstack_nb.settings import BUDGETS
-from bitstack_nb.tables import format_table, table
+from bitstack_nb.tables import format_table, markdown, table
 from bitstack_nb.tasks import (
     AG_NEWS_BINARY,
     EVALUATIONS,
@@ -28,6 +28,7 @@ from bitstack_nb.tasks import (
     Task,
     find_task,
 )
+from bitstack_nb.training import find_device
 
 ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)
 # Each is drawn by itself: their protocols differ in more than a figure's labels can say.
@@ -85,6 +86,19 @@ def _figures(options: argparse.Namespace) -> None:
             print(file)
         for name, why in left_out.items():
             print(f"no {name}: {why}")
+
+
+def _cost(options: argparse.Namespace) -> None:
+    from bitstack_nb.cost_report import cost_table, measure_costs, measure_growth
+
+    device = find_device(options.device).type
+    shared = {"rounds": options.rounds, "device": device, "progress": not options.quiet}
+    report = measure_costs(**shared)
+    if options.growth:
+        report.growth = measure_growth(**shared)
+    report.save(options.output / f"{device}.json")
+    print(f"\n{markdown(cost_table(report).round(3).astype(str))}\n")
+    print(f"In full: {options.output / device}.json")
 
 
 def _run(protocol: Protocol, options: argparse.Namespace) -> Result:
@@ -169,7 +183,21 @@ def _parser() -> argparse.ArgumentParser:
         tasks=None,
     )
     _add_figures(commands)
+    _add_cost(commands)
     return parser
+
+
+def _add_cost(commands: argparse._SubParsersAction) -> None:
+    what = "measure what locking costs in time and memory, on GPT-2's architecture"
+    parser = commands.add_parser("cost", help=what, description=what)
+    add = parser.add_argument
+    add("--rounds", type=int, default=7, help="how often works take turns; 7 if not given")
+    add("--growth", action="store_true", help="over sizes and tasks too, which takes long")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
+    add("--output", type=Path, default=Path("results/cost"), help="results/cost if not given")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("--verbose", action="store_true", help="log what happens")
+    parser.set_defaults(command=_cost)
 
 
 def _add_figures(commands: argparse._SubParsersAction) -> None:

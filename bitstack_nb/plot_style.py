@@ -27,7 +27,7 @@ DPI = 110
 GREY = "0.35"
 # Equal steps of lightness, so that it reads in grey and with any colour vision.
 SHARES = sns.color_palette("YlGnBu", as_cmap=True)
-_COLOURS = sns.color_palette("colorblind")
+COLOURS = sns.color_palette("colorblind")
 _MARKERS = "os^"  # the next one where the colours begin again
 _STYLE = {
     **sns.axes_style("whitegrid"),
@@ -156,8 +156,8 @@ def grouped(results: Iterable[Result]) -> list[Group]:
         items = configurations(own) if own else []
         for label, item in zip(names([i.shown for i in items]), items, strict=True):
             method = (item.shown["strategy"], item.shown["budget"])
-            further, at = divmod(len(marks), len(_COLOURS))
-            mark = marks.setdefault(method, (_COLOURS[at], _MARKERS[further % len(_MARKERS)]))
+            further, at = divmod(len(marks), len(COLOURS))
+            mark = marks.setdefault(method, (COLOURS[at], _MARKERS[further % len(_MARKERS)]))
             mark = (GREY, "D") if published else mark
             model = f" ({item.results[0].protocol.get('model')})" if published else ""
             groups.append(Group(label + model, *mark, item.shown, item.results))

@@ -1,0 +1,106 @@
+"""Costs: what is compared does the same work, the numbers add up, and reports come back whole.
+
+No ratio is asserted: on models this small, and on a busy machine, it means nothing.
+"""
+
+import sys
+
+import pytest
+import tiny
+import torch
+
+from bitstack_nb import BitStack, cost
+from bitstack_nb.cost_plots import cost_growth
+from bitstack_nb.cost_report import LIMITS, CostReport, cost_table
+from bitstack_nb.eligible import eligible_parameters
+from bitstack_nb.plain_masks import PlainMasks
+from bitstack_nb.results import ResultError
+
+
+def test_works_take_turns_and_the_first_round_does_not_count():
+    order = []
+    works = {name: cost.Work(lambda name=name: order.append(name)) for name in ("base", "ours")}
+    times = cost.take_turns(works, rounds=3, device=torch.device("cpu"))
+    assert order == ["ours", "base", "base", "ours", "ours", "base", "base", "ours"]
+    assert {name: len(seconds) for name, seconds in times.seconds.items()} == {"base": 3, "ours": 3}
+
+
+def test_the_ratio_is_the_median_of_the_rounds():
+    times = cost.Times({"base": [1.0, 2.0, 4.0], "ours": [2.0, 2.0, 20.0]})
+    assert times.ratio("ours") == 2
+
+
+def test_the_plain_implementation_is_the_published_method():
+    """It locks what the stack locks, and keeps it."""
+    model, batches = tiny.gpt2(), tiny.batches(2, seed=0)
+    stack = BitStack(model, 0.2)
+    plain = PlainMasks(model.eval(), eligible_parameters(model, None), sparsity=0.2)
+    stack.update(batches)
+    stack.detach()  # its hooks would hide gradients
+    plain.update(batches)
+    assert all(plain.masks[name].equal(mask) for name, mask in stack.masks.items())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    plain.attach(optimizer)
+    before = tiny.snapshot(model)
+    tiny.train(model, optimizer, batches, seed=0)
+    moved = tiny.changed(model, before)
+    for name, mask in plain.masks.items():
+        assert not moved[name][mask].any()
+    assert any(moved[name].any() for name in plain.masks)
+    plain.detach()
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_every_work_runs_and_leaves_no_hook_behind():
+    model = cost.gpt2(1, 64)
+    rounds = {"rounds": 1}
+    assert {*cost.training_step(model, tasks=2, **rounds).seconds} == {"base", "ours", "plain"}
+    assert not any(p._backward_hooks for p in model.parameters())
+    assert {*cost.update(model, n_batches=1, **rounds).seconds} == {"base", "ours", "plain"}
+    assert {*cost.recall_switch(cost.gpt2(1, 64), tasks=2, **rounds).seconds} == {"base", "ours"}
+    assert {*cost.threshold(5000, **rounds).seconds} == {"base", "ours", "plain"}
+
+
+def test_a_mask_is_a_bit_an_entry():
+    memory, disk = cost.mask_bits(cost.locked_stack(cost.gpt2(1, 64), tasks=1))
+    assert memory == pytest.approx(1, abs=0.01)
+    assert disk > memory  # names and counts come on top
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_measured_in_a_process_of_its_own():
+    assert 0 <= cost.threshold_memory(5_000_000) < 100
+
+
+@pytest.fixture
+def report():
+    costs = {name: {"value": limit / 2} for name, (_, limit) in LIMITS.items()}
+    costs["update"] |= {"value": 2.0, "plain": 3.0, "seconds": {"base": [1.0], "ours": [2.0]}}
+    growth = [
+        {"what": "update", "parameters": parameters, "tasks": tasks, "ratio": 1.0}
+        for parameters, tasks in ((10_000_000, 5), (20_000_000, 5), (10_000_000, 1))
+    ]
+    return CostReport(device="cpu", model={"layers": 1}, costs=costs, growth=growth)
+
+
+def test_a_report_comes_back_whole(report, tmp_path):
+    report.save(tmp_path / "cpu.json")
+    assert CostReport.load(tmp_path / "cpu.json") == report
+    (tmp_path / "cpu.json").write_text('{"format": 1}')
+    with pytest.raises(ResultError, match=r"cpu\.json is no cost report"):
+        CostReport.load(tmp_path / "cpu.json")
+
+
+def test_the_table_says_what_is_beyond_its_limit(report):
+    table = cost_table(report).set_index("cost")
+    assert list(table.index) == list(LIMITS)
+    assert not table.loc["update", "within"]
+    assert table["within"].sum() == len(LIMITS) - 1
+
+
+def test_growth_is_drawn_against_parameters_and_tasks(report):
+    left, right = cost_growth(report).axes
+    assert list(left.lines[0].get_xdata()) == [10, 20]
+    assert list(right.lines[0].get_xdata()) == [1, 5]
+    with pytest.raises(ResultError, match="no growth"):
+        cost_growth(CostReport(device="cpu", model={}))

@@ -72,7 +72,7 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
     ]
     if not groups:
         raise ResultError("no result has recorded what its tasks take: run it again")
-    figure = Figure(5.2)
+    figure = Figure(4.4 + 0.15 * len(groups))
     ax = figure.subplots()
     places = []
     for group in groups:
@@ -86,7 +86,7 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
             color=group.colour,
             markersize=8,
             capsize=4,
-            label=counted(group.label.replace("\n", ", "), [len(group.results)]),
+            label=counted(" ".join(group.label.split()), [len(group.results)]),
         )
         places.append(stored)
     # Below the smallest that is kept, so that no strategy is drawn on top of nothing.
@@ -95,7 +95,8 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
     ax.set_xlim(-smallest / 8, 2.5 * max(places, default=1.0) + smallest)
     ax.set_xlabel("kept per task beside the backbone (kB)")
     ax.set_ylabel("average accuracy at the end (%)")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     members = [r for group in groups for r in group.results]
     figure.suptitle(titled("What an accuracy costs in storage", members))
     return figure

@@ -165,16 +165,22 @@ def grouped(results: Iterable[Result]) -> list[Group]:
 
 
 def names(settings: list[dict[str, Any]]) -> list[str]:
-    """What tells configurations apart: the strategy on a line, further settings below it."""
-    varied = {
-        name
-        for name in ("sparsity", "data")
-        if len({entries.get(name) for entries in settings} - {None}) > 1
-    }
-    return [_name(entries, varied) for entries in settings]
+    """What tells configurations apart: the strategy on a line, further settings below it.
+
+    Sparsities and data are named where they differ at all; other settings, such as the learning
+    rate that was tuned for a strategy, where they differ within one strategy and budget.
+    """
+    return [_name(entries, _told_apart(entries, settings)) for entries in settings]
 
 
-def _name(settings: dict[str, Any], varied: set[str]) -> str:
+def _told_apart(entries: dict[str, Any], settings: list[dict[str, Any]]) -> set[str]:
+    """The settings that a configuration's label has to name."""
+    alike = [o for o in settings if all(o[n] == entries[n] for n in ("strategy", "budget"))]
+    widely = {n for n in ("sparsity", "data") if len({o.get(n) for o in settings} - {None}) > 1}
+    return widely | {n for n in entries if len({o.get(n) for o in alike}) > 1}
+
+
+def _name(settings: dict[str, Any], told_apart: set[str]) -> str:
     strategy, budget = settings["strategy"], settings["budget"]
     head = " ".join(filter(None, [_STRATEGIES.get(strategy, strategy), budget]))
     further = []
@@ -183,7 +189,7 @@ def _name(settings: dict[str, Any], varied: set[str]) -> str:
             continue
         if name == "published":
             further.append(name)
-        elif name in varied or name not in ("sparsity", "data"):
+        elif name in told_apart:
             number = f"{value:.10g}" if isinstance(value, float) else value
             further.append(f"{name.replace('_', ' ')} {number}")
     return "\n".join([head, *textwrap.wrap(", ".join(further), 32)])

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from bitstack_nb import eligible, select
+from bitstack_nb import eligible, ranks, select
 from bitstack_nb.fitting import check_fitting, fit_heads, put_back_on_error
 from bitstack_nb.guard import Guard
-from bitstack_nb.importance import check_batches, measure
+from bitstack_nb.importance import check_batches, check_seen, measure
 from bitstack_nb.owners import Owners
 from bitstack_nb.rng import undisturbed_rng
 
@@ -59,18 +59,21 @@ class Recall:
     ) -> None:
         """As ``BitStack.begin``."""
         owners = self._owners
-        self.check_not_running("begin")
-        check_batches(loader, n_batches)
-        check_fitting(head_steps, head_learning_rate)
-        self._guard.check_still_the_models()
-        budget = self._next_budget()
-        heads = eligible.trainable_heads(self._model)
-        with undisturbed_rng(heads[0].device):
-            batches = list(islice(loader, max(n_batches, head_steps)))
+        with ranks.agreed():
+            self.check_not_running("begin")
+            check_batches(loader, n_batches)
+            check_fitting(head_steps, head_learning_rate)
+            self._guard.check_still_the_models()
+            budget = self._next_budget()
+            heads = eligible.trainable_heads(self._model)
+            with undisturbed_rng(heads[0].device):
+                batches = list(islice(loader, max(n_batches, head_steps)))
+            check_seen(len(batches))
         owners.keep_base()
         with put_back_on_error(heads), owners.shown_as_before_on_error():
             owners.show(None)
             owners.restore()
+            ranks.check_same(owners.held, "weights of the base")
             rate = head_learning_rate
             fit_heads(self._model, heads, batches, steps=head_steps, learning_rate=rate)
             with self._guard.lifted():
@@ -83,7 +86,9 @@ class Recall:
                 )
             for name, score in scores.items():
                 score.masked_fill_(owners.mask(name), 0)
-            owners.open(select.top_masks(scores, budget, ties=False))
+            chosen = select.top_masks(scores, budget, ties=False)
+            ranks.check_same(chosen, "entries to train")
+            owners.open(chosen)
         self._guard.add_gradient_hooks()
         logger.info("task %d may train %d entries", owners.closed, budget)
 

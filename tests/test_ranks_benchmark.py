@@ -16,31 +16,29 @@ from processes import in_processes
 from bitstack_nb import Protocol, benchmark, load_results, run, training
 
 SMALL = Protocol(
-    tasks=("imdb", "ag_news"), train_size=48, test_size=28, max_length=16, epochs=2, batch_size=8
+    tasks=("imdb", "ag_news"), train_size=32, test_size=28, max_length=16, epochs=1, batch_size=8
 )
 BITSTACK = SMALL.with_strategy("bitstack", sparsity=0.2, n_batches=4)
 
 
 def test_the_command_under_torchrun(tmp_path):
-    """One file per run, a table and a bar of rank 0, and a batch that two ranks share."""
+    """One file and one table, of rank 0; a second time the result is read."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "bitstack_nb", "run", "--tasks", "imdb,ag_news"]
     command += ["--train-size", "32", "--test-size", "28", "--max-length", "16"]
-    command += ["--strategy", "bitstack,recall", "--sparsity", "0.2", "--output", str(tmp_path)]
+    command += ["--strategy", "bitstack", "--output", str(tmp_path)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     for _ in ("run", "read"):
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, check=False, timeout=500
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("| bitstack ") == done.stdout.count("| recall ") == 1
-        results = load_results(tmp_path)
-        assert len(results) == 2
-        assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".json"]
-    for result in results:
-        assert result.provenance["processes"] == 2
-        assert [len(row) for row in result.matrix] == [2, 2]
-        assert result.lock_stats[-1]["locked"] > result.lock_stats[0]["locked"] > 0
+        assert done.stdout.count("| bitstack ") == 1
+        (file,) = tmp_path.iterdir()  # and no state
+        assert done.stdout.count(str(file)) == 1
+    (result,) = load_results(file)
+    assert result.provenance["processes"] == 2
+    assert result.lock_stats[1]["locked"] > result.lock_stats[0]["locked"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +52,16 @@ def benchmarked(folder) -> dict:
         "bitstack": BITSTACK,
         "joint": SMALL.with_strategy("joint"),
         "recall": SMALL.with_strategy("recall", sparsity=0.3, n_batches=4),
-        "ewc": SMALL.with_strategy("ewc", n_batches=2),
     }
     found = {name: run(p, output=folder / "unbroken") for name, p in protocols.items()}
     found["resumed"] = resumed(folder / "broken")
     with patch.object(training, "half_precision", lambda device: "bf16"):
-        found["half"] = run(BITSTACK, output=folder / "half")
+        found["half"] = run(replace(BITSTACK, train_size=16), output=folder / "half")
     odd = dist.get_rank() == 1
     found["uneven"] = error_of(replace(SMALL, batch_size=5), folder / "uneven")
     found["apart"] = error_of(replace(SMALL, seed=int(odd)), folder / "apart")
     (folder / "file").touch()
-    found["unwritable"] = error_of(replace(SMALL, epochs=1), folder / "file")
+    found["unwritable"] = error_of(replace(SMALL, tasks=("imdb",)), folder / "file")
     found["rows"] = rows_of_two_epochs()
     return found
 
@@ -111,7 +108,7 @@ def rows_of_two_epochs() -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("run_of", ["bitstack", "joint", "recall", "ewc", "resumed", "half"])
+@pytest.mark.parametrize("run_of", ["bitstack", "joint", "recall", "resumed", "half"])
 def test_every_rank_ends_with_the_same(ranks, run_of):
     one, other = (rank[run_of] for rank in ranks)
     assert one.matrix == other.matrix
@@ -126,14 +123,6 @@ def test_it_resumes_like_an_unbroken_run(ranks):
 
 def test_recall_is_exact(ranks):
     assert ranks[0]["recall"].metrics["forgetting"] == 0
-
-
-def test_importance_is_that_of_one_process(ranks, tmp_path):
-    """The first task's locks are measured after training, so only the share is the same."""
-    alone = run(BITSTACK, output=tmp_path)
-    for key in ("eligible", "total"):
-        assert alone.lock_stats[0][key] == ranks[0]["bitstack"].lock_stats[0][key]
-    assert ranks[0]["bitstack"].lock_stats[0]["locked"] == alone.lock_stats[0]["locked"]
 
 
 def test_every_row_once_an_epoch(ranks):

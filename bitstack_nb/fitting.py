@@ -40,6 +40,7 @@ def fit_heads(
     With several ranks all start from rank 0's heads and step by the mean of their gradients, so
     that the heads are equal after each step.
     """
+    ranks.check_equal({"head_steps": steps, "head_learning_rate": learning_rate}, "settings")
     ranks.take_firsts({f"head parameter {i}": head for i, head in enumerate(heads)}, "heads")
     optimizer = torch.optim.Adam(heads, lr=learning_rate)
     found = [head.grad for head in heads]

@@ -57,6 +57,7 @@ def measure(
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
         if not trainable:
             raise ValueError("every eligible parameter is frozen, so none can get a gradient")
+    ranks.check_equal({"importance": importance}, "settings")
     ranks.check_same(parameters, "parameters")
     scores = {
         name: torch.zeros_like(p, dtype=torch.float32, requires_grad=False)

@@ -258,6 +258,11 @@ def failures() -> dict[str, tuple[str, str, int]]:
     protect = {
         "another model": (BitStack(long), good, r"rank 1 has other parameters.*blocks\.2\.mix"),
         "other weights": (BitStack(moved), good, r"rank 1 has other parameters.*blocks\.1\.up\.b"),
+        "another importance": (
+            BitStack(tiny.plain(), importance="fisher" if odd else "gradient"),
+            good,
+            "rank 1 has other settings.*importance",
+        ),
         "another sparsity": (BitStack(tiny.plain(), 0.3 if odd else 0.2), good, "other masks"),
         "a batch without labels": (BitStack(tiny.plain()), no_labels, f"{own}.*no 'labels'"),
         "no batch": (BitStack(tiny.plain()), empty, f"{own}the loader gave no batch"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import torch
 
+from bitstack_nb import ranks
 from bitstack_nb.benchmark import run
 from bitstack_nb.importance import IMPORTANCE
 from bitstack_nb.protocol import OWN_SETTINGS, PRESETS, STRATEGIES, Protocol
@@ -49,11 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Every request the Hub client makes would be logged as well.
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
-    if options.quiet:
+    if options.quiet or ranks.rank():
         datasets.disable_progress_bars()
     try:
         options.command(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ranks.RankError) as error:
         logging.getLogger(__name__).debug("in full:", exc_info=True)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -72,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> None:
     protocols = options.protocols(options)
     done = [_run(protocol, options) for protocol in protocols]
-    _report(done, options.output)
+    if ranks.rank() == 0:
+        _report(done, options.output)
 
 
 def _figures(options: argparse.Namespace) -> None:

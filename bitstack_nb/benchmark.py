@@ -3,6 +3,9 @@
 ``run`` is resumable: after each stage the model, the heads, the strategy and the numbers so far
 are written beside the result, and a run that was killed goes on behind its last finished stage.
 Every stage seeds itself, so the accuracy matrix is that of an unbroken run.
+
+Under ``torchrun`` the ranks share each batch of training and evaluation, and every rank measures
+importance on the same whole batches, as one process does. Rank 0 alone writes.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from bitstack_nb import drift, metrics, stages
+from bitstack_nb import drift, metrics, ranks, stages
 from bitstack_nb.heads import Heads
 from bitstack_nb.inputs import load_inputs
 from bitstack_nb.protocol import Protocol
@@ -37,6 +40,7 @@ from bitstack_nb.training import (
     ProgressBar,
     accuracy,
     find_device,
+    join_ranks,
     mixed,
     train,
 )
@@ -54,6 +58,8 @@ def run(
 ) -> Result:
     """Run a protocol, or read its result if it has been run.
 
+    Under ``torchrun`` every rank calls it; they need one folder to resume from.
+
     Args:
         protocol: what to do.
         output: folder for ``<protocol.name>.json`` and, while running, the state to resume from.
@@ -63,17 +69,21 @@ def run(
 
     Raises:
         ValueError: a setting, a dataset or a model is not usable; the message says what to do.
+        ranks.RankError: another rank failed, or is not where this one is.
     """
     path = Path(output) / f"{protocol.name}.json"
     if path.exists():
         logger.info("%s is finished already: %s", protocol.name, path)
         return Result.load(path)
     found = find_device(device)
+    join_ranks(found)
     with undisturbed_rng(found):  # the Trainer seeds the global generators
         sequence = _Sequence(protocol, found, path.with_suffix(".state"), command)
-        result = sequence.run(progress=progress)
-    result.save(path)
-    shutil.rmtree(sequence.state, ignore_errors=True)
+        result = sequence.run(progress=progress and ranks.rank() == 0)
+    with ranks.agreed():
+        if ranks.rank() == 0:
+            result.save(path)
+            shutil.rmtree(sequence.state, ignore_errors=True)
     return result
 
 
@@ -91,6 +101,11 @@ class _Sequence:
     def __init__(
         self, protocol: Protocol, device: torch.device, state: Path, command: str | None
     ) -> None:
+        if protocol.batch_size % ranks.count():
+            raise ValueError(
+                f"batch_size is {protocol.batch_size}, which {ranks.count()} processes cannot "
+                f"share: take a multiple of {ranks.count()}"
+            )
         self.protocol, self.device, self.state = protocol, device, state
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -115,6 +130,7 @@ class _Sequence:
             "origin": {
                 **provenance(command=command),
                 "device": str(device),
+                "processes": ranks.count(),
                 "model": self.backbone.provenance,
                 "data": {t.task.name: t.provenance for t in self.tasks},
             },
@@ -123,6 +139,8 @@ class _Sequence:
     def run(self, *, progress: bool) -> Result:
         self._resume()
         done = self.numbers["stages_done"]
+        advice = "give every rank the same protocols, and one output folder that all can read"
+        ranks.check_equal({self.protocol.name: done}, "stages done", advice=advice)
         name = self.protocol.strategy
         with tqdm(total=self._batches(done), desc=name, unit="batch", disable=not progress) as bar:
             for number, stage in list(enumerate(self.stages))[done:]:
@@ -241,6 +259,11 @@ class _Sequence:
         """Write the state after a stage."""
         self.numbers["stages_done"] = stages_done
         self.numbers["peak_memory"] = peak_memory(self.numbers["peak_memory"], self.device)
+        with ranks.agreed():
+            if ranks.rank() == 0:
+                self._write(stages_done)
+
+    def _write(self, stages_done: int) -> None:
         # Clones, because safetensors refuses tensors that share memory (tied weights).
         weights = {
             name: tensor.cpu().clone(memory_format=torch.contiguous_format)
@@ -274,7 +297,7 @@ class _Sequence:
     def _take_up(self, numbers: dict[str, Any], folder: Path) -> None:
         """Go on from a stage that is whole."""
         logger.info("resuming %s from %s", self.protocol.name, folder)
-        self._check_same(numbers["origin"], folder)
+        stages.check_origin(numbers["origin"], self.numbers["origin"], self.state)
         try:
             self.heads.load_state_dict(load_file(folder / "heads.safetensors"))
             # First the strategy, because recall takes the model at its base.
@@ -291,15 +314,6 @@ class _Sequence:
                 f"cannot go on from {folder} ({error}): delete {self.state} to start this run again"
             ) from error
         self.numbers = numbers
-
-    def _check_same(self, before: dict[str, Any], folder: Path) -> None:
-        """Raise if the first part of the run had other data, another model or another device."""
-        for what, now in self.numbers["origin"].items():
-            if what in ("data", "model", "device") and before[what] != now:
-                raise ValueError(
-                    f"the run in {folder} was begun with another {what} than is there now: delete "
-                    f"{self.state} to start it again, or put the former {what} back"
-                )
 
     def _result(self) -> Result:
         times = self.numbers["times"]

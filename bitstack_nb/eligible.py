@@ -7,6 +7,7 @@ structure only, so nothing here needs transformers.
 from __future__ import annotations
 
 import logging
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -31,7 +32,11 @@ _HEADS = {
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile`` and (distributed) data-parallel wrappers."""
+    """The module inside ``torch.compile`` and (distributed) data-parallel wrappers.
+
+    Raises:
+        ValueError: see :func:`refuse_shards`.
+    """
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, parallel):
@@ -39,7 +44,31 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif "_orig_mod" in model._modules:
             model = model._orig_mod
         else:
+            refuse_shards(model)
             return model
+
+
+def refuse_shards(model: nn.Module) -> None:
+    """Raise a ValueError that names the engine whose shards a model's parameters are."""
+    if (engine := _sharding_engine(model)) is not None:
+        raise ValueError(
+            f"the parameters of {type(model).__name__} are shards of {engine}, and a stack locks "
+            "entries of whole parameters: train data-parallel without shards, as torchrun and "
+            "accelerate launch do by default"
+        )
+
+
+def _sharding_engine(model: nn.Module) -> str | None:
+    # What nobody has imported is not in the model, and importing it would take longer than torch.
+    fsdp, tensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
+    if fsdp and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
+        return "FSDP1 (FullyShardedDataParallel)"
+    for parameter in model.parameters():
+        if tensor and isinstance(parameter, tensor.DTensor):
+            return "FSDP2 (fully_shard) or tensor parallelism"
+        if hasattr(parameter, "ds_id"):
+            return "DeepSpeed ZeRO"
+    return None
 
 
 def canonical(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitstack_nb import ranks
 from bitstack_nb.importance import batch_loss, undisturbed
 
 
@@ -35,16 +36,22 @@ def fit_heads(
     In evaluation mode (dropout off, so nothing is drawn), without weight decay and autocast.
     Training flags, gradients and the RNG state are left as found. Errors as in
     :func:`bitstack_nb.importance.measure`.
+
+    With several ranks all start from rank 0's heads and step by the mean of their gradients, so
+    that the heads are equal after each step.
     """
+    ranks.check_equal({"head_steps": steps, "head_learning_rate": learning_rate}, "settings")
+    ranks.take_firsts({f"head parameter {i}": head for i, head in enumerate(heads)}, "heads")
     optimizer = torch.optim.Adam(heads, lr=learning_rate)
     found = [head.grad for head in heads]
     device = heads[0].device
     try:
         with undisturbed(model, device):
             for batch in islice(cycle(batches), steps):
-                loss = batch_loss(model, batch, device)
-                gradients = torch.autograd.grad(loss, heads, allow_unused=True)
-                for head, gradient in zip(heads, gradients, strict=True):
+                with ranks.agreed():
+                    loss = batch_loss(model, batch, device)
+                    gradients = torch.autograd.grad(loss, heads, allow_unused=True)
+                for head, gradient in zip(heads, ranks.averaged(gradients, heads), strict=True):
                     head.grad = gradient
                 optimizer.step()
     finally:

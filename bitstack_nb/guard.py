@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from bitstack_nb.eligible import refuse_shards
 from bitstack_nb.locks import Locks
 from bitstack_nb.owners import Owners
 
@@ -52,7 +53,7 @@ class Guard:
             raise ValueError(
                 f"this {type(optimizer).__name__} holds none of the stack's parameters: "
                 "build it from the parameters of the model that the stack was made with (shards "
-                "of FSDP or DeepSpeed are others)"
+                "of FSDP or DeepSpeed ZeRO are others, and not supported)"
             )
         self.add_gradient_hooks()
         previous = self._attached.pop(optimizer, None)
@@ -106,12 +107,14 @@ class Guard:
 
     def check_still_the_models(self) -> None:
         """A replaced parameter would be guarded no more, and nothing would tell."""
+        refuse_shards(self._model)
         present = {id(p) for p in self._model.parameters()}
         gone = [name for name, p in self._parameters().items() if id(p) not in present]
         if gone:
             raise RuntimeError(
                 f"the model no longer holds {', '.join(gone[:3])}{' ...' if gone[3:] else ''}: a "
-                "module was replaced after the stack was made. Exclude heads that are swapped "
+                "module was replaced after the stack was made, or FSDP made shards of it, which is "
+                "not supported. Exclude heads that are swapped "
                 "(exclude=[...]), or save the stack and load it onto the model as it is now"
             )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitstack_nb import ranks
 from bitstack_nb.rng import undisturbed_rng
 
 Importance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -40,28 +41,39 @@ def measure(
     Runs up to ``n_batches`` batches forward and backward in evaluation mode (dropout off) without
     autocast. The model's training flags and gradients and the RNG state are left as found.
 
+    With several ranks each gives batches of its own, up to ``n_batches``, and the scores are summed
+    over all: they have the same bits on every rank. One process that sees the same ``n`` batches
+    adds in another order, and so rounds otherwise: its scores differ by less than ``n * 2^-23`` of
+    themselves, and an entry that near to the threshold may be chosen by one and not by the other.
+
     Raises:
         ValueError: the loader is empty, a batch has no labels, no gradient arrives, or a score is
             NaN or infinite.
         TypeError: a batch is not a mapping or the model's output has no loss.
+        ranks.RankError: another rank failed, or has other parameters.
     """
-    check_batches(loader, n_batches)
-    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-    if not trainable:
-        raise ValueError("every eligible parameter is frozen, so none can get a gradient")
+    with ranks.agreed():
+        check_batches(loader, n_batches)
+        trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+        if not trainable:
+            raise ValueError("every eligible parameter is frozen, so none can get a gradient")
+    ranks.check_equal({"importance": importance}, "settings")
+    ranks.check_same(parameters, "parameters")
     scores = {
         name: torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
         for name, p in parameters.items()
     }
     device = next(iter(parameters.values())).device
     seen = 0
-    with undisturbed(model, device):
+    with ranks.agreed(), undisturbed(model, device):
         for batch in islice(loader, n_batches):
             loss = batch_loss(model, batch, device)
             gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
             _accumulate(scores, trainable, gradients, IMPORTANCE[importance])
             seen += 1
-    _check(scores, seen)
+        check_seen(seen)
+    ranks.add_up(scores)
+    _check(scores)
     return scores
 
 
@@ -71,6 +83,12 @@ def check_batches(loader: Iterable[Mapping[str, Any]], n_batches: int) -> None:
         raise ValueError(f"n_batches is {n_batches!r}, expected a whole number, at least 1")
     if not isinstance(loader, Iterable):
         raise TypeError(f"loader is {loader!r}, expected an iterable of batches")
+
+
+def check_seen(seen: int) -> None:
+    """Raise a ValueError where a loader gave no batch."""
+    if not seen:
+        raise ValueError("the loader gave no batch: it is empty or already used up")
 
 
 @contextmanager
@@ -135,9 +153,7 @@ def _accumulate(
             scores[name] += importance(parameter.detach(), gradient).float()
 
 
-def _check(scores: Mapping[str, torch.Tensor], seen: int) -> None:
-    if not seen:
-        raise ValueError("the loader gave no batch: it is empty or already used up")
+def _check(scores: Mapping[str, torch.Tensor]) -> None:
     bad = [name for name, score in scores.items() if not torch.isfinite(score).all()]
     if bad:
         raise ValueError(

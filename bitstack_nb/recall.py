@@ -13,12 +13,13 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import nn
 
-from bitstack_nb import eligible, select
+from bitstack_nb import eligible, ranks, select
 from bitstack_nb.fitting import check_fitting, fit_heads, put_back_on_error
 from bitstack_nb.guard import Guard
-from bitstack_nb.importance import check_batches, measure
+from bitstack_nb.importance import check_batches, check_seen, measure
 from bitstack_nb.owners import Owners
 from bitstack_nb.rng import undisturbed_rng
 
@@ -59,31 +60,30 @@ class Recall:
     ) -> None:
         """As ``BitStack.begin``."""
         owners = self._owners
-        self.check_not_running("begin")
-        check_batches(loader, n_batches)
-        check_fitting(head_steps, head_learning_rate)
-        self._guard.check_still_the_models()
-        budget = self._next_budget()
-        heads = eligible.trainable_heads(self._model)
-        with undisturbed_rng(heads[0].device):
-            batches = list(islice(loader, max(n_batches, head_steps)))
+        with ranks.agreed():
+            self.check_not_running("begin")
+            check_batches(loader, n_batches)
+            check_fitting(head_steps, head_learning_rate)
+            self._guard.check_still_the_models()
+            budget = self._next_budget()
+            heads = eligible.trainable_heads(self._model)
+            batches = _drawn(loader, max(n_batches, head_steps), heads[0].device)
         owners.keep_base()
         with put_back_on_error(heads), owners.shown_as_before_on_error():
             owners.show(None)
             owners.restore()
-            rate = head_learning_rate
-            fit_heads(self._model, heads, batches, steps=head_steps, learning_rate=rate)
+            ranks.check_same(owners.held, "weights of the base")
+            model, rate, how = self._model, head_learning_rate, self._settings["importance"]
+            fit_heads(model, heads, batches, steps=head_steps, learning_rate=rate)
             with self._guard.lifted():
                 scores = measure(
-                    self._model,
-                    owners.parameters,
-                    batches,
-                    n_batches=n_batches,
-                    importance=self._settings["importance"],
+                    model, owners.parameters, batches, n_batches=n_batches, importance=how
                 )
             for name, score in scores.items():
                 score.masked_fill_(owners.mask(name), 0)
-            owners.open(select.top_masks(scores, budget, ties=False))
+            chosen = select.top_masks(scores, budget, ties=False)
+            ranks.check_same(chosen, "entries to train")
+            owners.open(chosen)
         self._guard.add_gradient_hooks()
         logger.info("task %d may train %d entries", owners.closed, budget)
 
@@ -146,3 +146,13 @@ class Recall:
                 f"and {left:,} are left. A smaller sparsity makes room for more tasks"
             )
         return min(budget, left)
+
+
+def _drawn(
+    loader: Iterable[Mapping[str, Any]], count: int, device: torch.device
+) -> list[Mapping[str, Any]]:
+    """A loader's first batches, at least one, the RNG state left as found."""
+    with undisturbed_rng(device):
+        batches = list(islice(loader, count))
+    check_seen(len(batches))
+    return batches

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from bitstack_nb import ranks
 from bitstack_nb.finetune import FineTune, n_bytes
 from bitstack_nb.importance import measure
 from bitstack_nb.protocol import Protocol
@@ -143,9 +144,10 @@ class Elastic(FineTune):
         found = measure(
             self.model, parameters, examples, n_batches=len(examples), importance="fisher"
         )
+        count = len(examples) * ranks.count()  # measured on every rank, and summed over them
         for name, squares in found.items():
             if squares.any():  # what gets no gradient, the optimizer leaves alone: so does this
-                own = squares / len(examples)
+                own = squares / count
                 self._fisher[name] = own + self._fisher.get(name, 0)
 
     def penalty(self) -> torch.Tensor | float:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from bitstack_nb import eligible, select, storage
+from bitstack_nb import eligible, ranks, select, storage
 from bitstack_nb.guard import Guard, LockedEntriesMoved
 from bitstack_nb.importance import measure
 from bitstack_nb.locks import Locks, Masks
@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 class BitStack:
     """Cumulative 1-bit masks of the parameters that mattered, and the guarantee that they stay.
 
+    Under ``torchrun`` every rank makes a stack and calls ``update``, ``measure``, ``lock`` and
+    ``begin`` with the others: importance is summed over their batches, and they lock the same.
+
     Args:
         model: the model to protect, in any wrapper; masks follow it to another device.
         sparsity: share of the eligible entries that one task may lock, 0 to 1.
@@ -60,8 +63,8 @@ class BitStack:
             ``"gradient-weight"``, that of its product with the weight; ``"fisher"``, its square.
 
     Raises:
-        ValueError: a setting is out of range, the model has no eligible entries, or no head
-            (mode ``"recall"``).
+        ValueError: a setting is out of range, the model has no eligible entries, no head (mode
+            ``"recall"``), or shards for parameters (FSDP, DeepSpeed ZeRO).
         TypeError: the model is no module.
     """
 
@@ -170,6 +173,7 @@ class BitStack:
                 f"chosen does not fit in {', '.join(names[:3])}{' ...' if names[3:] else ''}: "
                 "expected a bool mask of the parameter's shape for every name in masks"
             )
+        ranks.check_same(chosen, "masks to lock")
         self._locks.add(chosen)
         self._guard.add_gradient_hooks()
         logger.info("locked %s", stats := self.stats())
@@ -184,13 +188,9 @@ class BitStack:
         """
         self._guard.check_still_the_models()
         with self._guard.lifted():
-            return measure(
-                self._model,
-                self._locks.parameters,
-                loader,
-                n_batches=n_batches,
-                importance=self.settings["importance"],
-            )
+            model, parameters = self._model, self._locks.parameters
+            how = self.settings["importance"]
+            return measure(model, parameters, loader, n_batches=n_batches, importance=how)
 
     # Exact recall -------------------------------------------------------------------------------
 

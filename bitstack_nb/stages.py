@@ -56,3 +56,20 @@ def read_numbers(state: Path, stage: int) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, AttributeError):
         return None
     return numbers if whole else None
+
+
+def check_origin(before: Mapping[str, Any], now: Mapping[str, Any], state: Path) -> None:
+    """Raise a ValueError if a run to go on with was begun elsewhere than it would go on.
+
+    Args:
+        before, now: a result's provenance, as it was then and as it is here.
+        state: the run's folder.
+    """
+    before = {"processes": 1, **before}  # earlier versions knew no other number
+    names = {"data": "data", "model": "model", "device": "device"}
+    for key, what in (names | {"processes": "number of processes"}).items():
+        if before[key] != now[key]:
+            raise ValueError(
+                f"the run in {state} was begun with another {what} than is there now: delete "
+                f"{state} to start it again, or put the former {what} back"
+            )

@@ -34,7 +34,8 @@ from bitstack_nb.training import find_device
 ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)
 # Each is drawn by itself: their protocols differ in more than a figure's labels can say.
 RECORDED = tuple(
-    Path("results") / f"minilm-l6{name}" for name in ("", "-ablation", "-stronger", "-evidence")
+    Path("results") / f"minilm-l6{name}"
+    for name in ("", "-ablation", "-stronger", "-evidence", "-same-rate")
 )
 SYNTHETIC = (
     "Data: embedded, synthetic. These numbers show that the machinery works, not how well the "

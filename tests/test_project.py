@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from bitstack_nb import BitStack, Protocol
 from bitstack_nb.backbones import collate, encode, load_backbone
+from bitstack_nb.reports import summary
 from bitstack_nb.results import load_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +100,23 @@ def test_recorded_results_say_what_was_run(file):
     assert "python -m bitstack_nb run" in result.provenance["command"]
     samples = [data["sample"] for data in result.provenance["data"].values()]
     assert all(len(digest) == 64 for sample in samples for digest in sample.values())
+
+
+def test_the_readme_shows_the_comparison_as_it_was_recorded():
+    results = load_results(ROOT / "results" / "minilm-l6-evidence")
+    assert format_table(summary(results)) in README
+
+
+def test_recorded_recall_has_forgotten_nothing():
+    recalled = [
+        result
+        for result in load_results(ROOT / "results" / "minilm-l6-evidence")
+        if result.protocol["strategy"] == "recall"
+    ]
+    assert recalled
+    for result in recalled:
+        for task in range(len(result.matrix)):
+            assert len({row[task] for row in result.matrix[task:]}) == 1
 
 
 def test_the_method_alone_imports_neither_transformers_nor_data_libraries():

@@ -54,6 +54,8 @@ def run(
 ) -> Result:
     """Run a protocol, or read its result if it has been run.
 
+    While another process has the same run in hand, wait for it.
+
     Args:
         protocol: what to do.
         output: folder for ``<protocol.name>.json`` and, while running, the state to resume from.
@@ -71,9 +73,12 @@ def run(
     found = find_device(device)
     with undisturbed_rng(found):  # the Trainer seeds the global generators
         sequence = _Sequence(protocol, found, path.with_suffix(".state"), command)
-        result = sequence.run(progress=progress)
-    result.save(path)
-    shutil.rmtree(sequence.state, ignore_errors=True)
+        with stages.alone(sequence.state):
+            if path.exists():  # another process has finished it
+                return Result.load(path)
+            result = sequence.run(progress=progress)
+            result.save(path)
+            shutil.rmtree(sequence.state, ignore_errors=True)
     return result
 
 

@@ -10,13 +10,16 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from joblib import Parallel, cpu_count, delayed, parallel_config
+from joblib.parallel import BatchedCalls, ParallelBackendBase
 from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
@@ -41,7 +44,7 @@ def sweep(
             names, ``ray`` that of RAY_ADDRESS or, without it, the one this machine is part of.
         jobs: commands at once; as many as there are cores if not given. They share this machine's
             cores between them. ``dask`` has as many as its workers have threads.
-        progress: show one bar over the commands.
+        progress: show one bar over the commands; with ``ray`` it moves at the end only.
 
     Returns:
         The files that are not there, each with the reason in a line.
@@ -76,14 +79,14 @@ def _carried_out(
         # No more than there are commands, so that these few get the cores of the others.
         jobs = min(jobs or cpu_count(), len(commands))
     paths = {tuple(command): path for path, command in commands.items()}
-    with _cluster(backend), parallel_config(backend=backend):
+    with _cluster(backend) as connected, parallel_config(backend=connected):
         # A function of the standard library: workers need no import of this package to get it.
-        # All at once, because a cluster may grow while it works.
+        # All at once, because a cluster may grow while it works. Ray's backend gives lists only.
         start = Parallel(
             n_jobs=jobs or -1,
             batch_size=1,
             pre_dispatch="all",
-            return_as="generator_unordered",
+            return_as="list" if backend == "ray" else "generator_unordered",
         )
         for ended in start(
             delayed(subprocess.run)(
@@ -99,8 +102,8 @@ def _carried_out(
 
 
 @contextmanager
-def _cluster(backend: str) -> Iterator[None]:
-    """Connect joblib with the backend's cluster."""
+def _cluster(backend: str) -> Iterator[str | ParallelBackendBase]:
+    """What joblib takes for the backend, connected with its cluster."""
     module = _installed(backend)
     if backend == "dask":
         if import_module("dask").config.get("scheduler-address", None) is None:
@@ -108,14 +111,41 @@ def _cluster(backend: str) -> Iterator[None]:
                 "which Dask cluster? Set DASK_SCHEDULER_ADDRESS to its scheduler's address, such "
                 "as tcp://10.0.0.1:8786 (started with: dask scheduler; dask worker ADDRESS)"
             )
-        with module.Client():
-            yield
+        with module.Client() as client:
+            yield _dask(client)
     elif backend == "ray":
         with module.init(address="auto"):
             import_module("ray.util.joblib").register_ray()
-            yield
+            yield backend
     else:
-        yield
+        yield backend
+
+
+def _dask(client: Any) -> ParallelBackendBase:
+    """joblib's backend, without two habits of it.
+
+    It waits without end for a task that Dask has given up; and the tasks of a cluster that has one
+    thread, joblib does here.
+    """
+    from joblib._dask import DaskDistributedBackend  # loads Dask
+
+    class Backend(DaskDistributedBackend):
+        def submit(self, func: BatchedCalls, callback: Callable[[Any], None]) -> Future:
+            ((_, (command,), _),) = func.items
+
+            def end(future: Future) -> None:
+                if error := future.exception():
+                    why = f"{type(error).__name__}: Dask has given it up after killed workers"
+                    callback([subprocess.CompletedProcess(command, 1, stderr=why)])
+
+            future = super().submit(func, callback)
+            future.add_done_callback(end)
+            return future
+
+        def effective_n_jobs(self, n_jobs: int) -> int:
+            return max(2, super().effective_n_jobs(n_jobs))
+
+    return Backend(client=client)
 
 
 def _installed(backend: str) -> ModuleType:

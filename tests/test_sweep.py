@@ -1,5 +1,6 @@
 """Many runs at once: the results of one by one, each made once, whatever is killed meanwhile."""
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -48,6 +49,15 @@ def stamps(folder):
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in folder.glob("*.json")}
 
 
+def holder(lock, workers):
+    """The process of the workers that has in hand the run which holds the lock."""
+    for worker in map(psutil.Process, workers):
+        for run in worker.children(recursive=True):
+            if str(lock) in [file.path for file in run.open_files()]:
+                return worker
+    return None
+
+
 def test_what_is_missing_is_run_and_what_fails_is_named(one_by_one, tmp_path, capsys):
     """Two results copied from another machine, one run that cannot go on, and one to do."""
     finetune = sorted(one_by_one.glob("finetune-*.json"))
@@ -67,9 +77,13 @@ def test_what_is_missing_is_run_and_what_fails_is_named(one_by_one, tmp_path, ca
     shutil.rmtree(tmp_path / f"{bad}.state")
     assert main([*command, "--quiet"]) == 0
     assert "run/s" not in capsys.readouterr().err
-    (tmp_path / f"{bad}.lock").unlink(missing_ok=True)
     assert_same(tmp_path, one_by_one)
     assert before.items() <= stamps(tmp_path).items()
+    (result,) = load_results(tmp_path / f"{good}.json")
+    python, *arguments = shlex.split(result.provenance["command"])
+    assert (python, *arguments[:3]) == ("python", "-m", "bitstack_nb", "run")
+    again = _parser().parse_args(arguments[2:])
+    assert again.protocols(again) == [Protocol.from_dict(result.protocol)]
 
 
 def test_a_worker_killed_midway_loses_nothing_and_repeats_nothing(one_by_one, tmp_path, capsys):
@@ -77,16 +91,16 @@ def test_a_worker_killed_midway_loses_nothing_and_repeats_nothing(one_by_one, tm
     killed = {}
 
     def kill(workers):
-        while not (stages := list(tmp_path.glob("*.state/stage-1"))):
+        while len(done := stamps(tmp_path)) < 4:
             time.sleep(0.01)
-        lock = stages[0].parent.with_suffix(".lock")
-        for worker in map(psutil.Process, workers):
-            runs = worker.children(recursive=True)
-            if any(str(lock) == file.path for run in runs for file in run.open_files()):
-                for process in (worker, *runs):  # as when the machine is gone
-                    process.kill()
-                killed.update(run=lock.stem, at=datetime.now(UTC), done=stamps(tmp_path))
-                return
+            for state in tmp_path.glob("*.state/stage-1"):
+                lock = state.parent.with_suffix(".lock")
+                hit = done and holder(lock, workers)
+                if hit:
+                    killed.update(run=lock.stem, at=datetime.now(UTC), done=done)
+                    for process in (*hit.children(recursive=True), hit):  # the machine is gone
+                        process.kill()
+                    return
 
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         killer = threading.Thread(target=kill, args=([w.pid for w in cluster.workers.values()],))
@@ -119,16 +133,19 @@ def test_the_recorded_command_repeats_its_run_only():
         assert again.protocols(again) == [protocol]
 
 
-def test_the_result_records_that_command(one_by_one, tmp_path, capsys):
-    (file,) = one_by_one.glob("finetune-seed1-*.json")
-    options = [*FAST, "--seeds=1", "--shuffle-tasks", "--strategy=finetune", "--jobs=1"]
-    assert main(["sweep", *options, "--quiet", "--output", str(tmp_path)]) == 0
-    (result,) = load_results(tmp_path / file.name)
-    python, *arguments = shlex.split(result.provenance["command"])
-    assert (python, *arguments[:3]) == ("python", "-m", "bitstack_nb", "run")
-    again = _parser().parse_args(arguments[2:])
-    assert again.protocols(again) == [Protocol.from_dict(result.protocol)]
-    capsys.readouterr()
+def test_a_run_that_kills_its_workers_is_given_up(tmp_path):
+    """The cluster has one thread, which joblib alone would leave idle and do all of it here."""
+    deadly = f"import os; os.getppid() == {os.getpid()} or os.kill(os.getppid(), 9)"
+    good = "import sys; open(sys.argv[1], 'w').close()"
+    files = [tmp_path / name for name in "abc"]
+    commands = {file: ["-c", deadly if file.name == "b" else good, str(file)] for file in files}
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0}):
+        cluster = LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None)
+    with cluster, dask.config.set({"scheduler-address": cluster.scheduler_address}):
+        failed = sweep(commands, backend="dask")
+    assert failed[tmp_path / "b"].startswith("KilledWorker")
+    # Dask may blame what was in the killed worker's queue too; nothing is neither done nor named.
+    assert sorted([*failed, *tmp_path.iterdir()]) == files
 
 
 # One run, two processes --------------------------------------------------------------------------
@@ -200,12 +217,12 @@ def test_what_a_backend_needs_is_said(tmp_path, monkeypatch):
     commands = {tmp_path / "a": ["-c", "pass"]}
     with pytest.raises(ValueError, match="jobs is 0, expected at least 1"):
         sweep(commands, jobs=0)
-    with pytest.raises(ValueError, match="jobs is 2.*dask"):
+    with pytest.raises(ValueError, match=r"jobs is 2.*dask"):
         sweep(commands, backend="dask", jobs=2)
     with dask.config.set({"scheduler-address": None}):
         with pytest.raises(ValueError, match="DASK_SCHEDULER_ADDRESS"):
             sweep(commands, backend="dask")
-    with pytest.raises(ValueError, match="'slurm'.*loky"):
+    with pytest.raises(ValueError, match=r"'slurm'.*loky"):
         sweep(commands, backend="slurm")
     for backend, package in (("dask", "distributed"), ("ray", "ray")):
         monkeypatch.setitem(sys.modules, package, None)

@@ -1,4 +1,4 @@
-"""``python -m bitstack_nb run | ablation | stronger | figures | cost``, each with --help."""
+"""Command line: ``python -m bitstack_nb run | ablation | stronger | sweep | figures | cost``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from bitstack_nb.protocol import OWN_SETTINGS, PRESETS, STRATEGIES, Protocol
 from bitstack_nb.results import Result, load_results
 from bitstack_nb.sampling import SAMPLINGS
 from bitstack_nb.settings import BUDGETS
+from bitstack_nb.sweep import BACKENDS, sweep
 from bitstack_nb.tables import format_table, markdown, table
 from bitstack_nb.tasks import (
     AG_NEWS_BINARY,
@@ -76,6 +77,25 @@ def _train(options: argparse.Namespace) -> None:
     done = [_run(protocol, options) for protocol in protocols]
     if ranks.rank() == 0:
         _report(done, options.output)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    commands = {
+        options.output / f"{protocol.name}.json": _arguments(protocol, options)
+        for protocol in options.protocols(options)
+    }
+    jobs, backend = options.jobs, options.backend
+    if jobs is None and backend == "loky" and find_device(options.device).type == "cuda":
+        jobs = 1  # several models seldom fit one GPU
+    failed = sweep(commands, backend=backend, jobs=jobs, progress=not options.quiet)
+    if done := [Result.load(path) for path in commands if path not in failed]:
+        _report(done, options.output)
+    for path, why in failed.items():
+        print(f"{path.stem}: {why}", file=sys.stderr)
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(commands)} runs have failed: the same command tries them again"
+        )
 
 
 def _figures(options: argparse.Namespace) -> None:
@@ -154,6 +174,15 @@ def _base(options: argparse.Namespace) -> Protocol:
     return replace(PRESETS[options.preset], **settings)
 
 
+def _arguments(protocol: Protocol, options: argparse.Namespace) -> list[str]:
+    """What Python is given to do this one run: ``_benchmark`` the other way round."""
+    settings = {name: getattr(options, name) for name in ("preset", *_SETTINGS, "device", "output")}
+    settings |= {name: getattr(protocol, name) for name in ("strategy", *_CHOICES)}
+    settings |= {"tasks": ",".join(task.name for task in protocol.tasks), "seeds": protocol.seed}
+    given = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items() if v is not None]
+    return ["-m", "bitstack_nb", "run", *given, "--verbose" if options.verbose else "--quiet"]
+
+
 # Options ----------------------------------------------------------------------------------------
 
 
@@ -185,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         model="distilbert-base-uncased",
         tasks=None,
     )
+    _add_sweep(commands)
     _add_figures(commands)
     _add_cost(commands)
     return parser
@@ -203,6 +233,22 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=_cost)
 
 
+def _add_sweep(commands: argparse._SubParsersAction) -> None:
+    parser = _add_command(
+        commands,
+        "sweep",
+        "run, with many runs at once, on this machine or on a cluster",
+        protocols=_benchmark,
+        strategy=["finetune", "bitstack"],
+    )
+    add = parser.add_argument
+    where = "loky: this machine; dask: the cluster of DASK_SCHEDULER_ADDRESS; ray: of RAY_ADDRESS"
+    add("--backend", choices=BACKENDS, default="loky", help=where)
+    many = "runs at once; not for dask; if not given as many as cores, on a GPU one"
+    add("--jobs", type=int, metavar="N", help=many)
+    parser.set_defaults(command=_sweep)
+
+
 def _add_figures(commands: argparse._SubParsersAction) -> None:
     what = "draw recorded results as PNG files"
     parser = commands.add_parser("figures", help=what, description=what)
@@ -214,7 +260,9 @@ def _add_figures(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=_figures, quiet=True)
 
 
-def _add_command(commands: argparse._SubParsersAction, name: str, what: str, **defaults) -> None:
+def _add_command(
+    commands: argparse._SubParsersAction, name: str, what: str, **defaults
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=what, description=what)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="smoke", help="settings that the options below change")
@@ -243,6 +291,7 @@ def _add_command(commands: argparse._SubParsersAction, name: str, what: str, **d
     add("--quiet", action="store_true", help="no progress bar")
     add("--verbose", action="store_true", help="log what happens")
     parser.set_defaults(command=_train, **defaults)
+    return parser
 
 
 def size(text: str) -> int | float:

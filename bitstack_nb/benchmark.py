@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def run(
     """Run a protocol, or read its result if it has been run.
 
     Under ``torchrun`` every rank calls it; they need one folder to resume from.
+    While another process has the same run in hand, wait for it.
 
     Args:
         protocol: what to do.
@@ -79,11 +80,15 @@ def run(
     join_ranks(found)
     with undisturbed_rng(found):  # the Trainer seeds the global generators
         sequence = _Sequence(protocol, found, path.with_suffix(".state"), command)
-        result = sequence.run(progress=progress and ranks.rank() == 0)
-    with ranks.agreed():
-        if ranks.rank() == 0:
-            result.save(path)
-            shutil.rmtree(sequence.state, ignore_errors=True)
+        # Rank 0 waits for all.
+        with stages.alone(sequence.state) if ranks.rank() == 0 else nullcontext():
+            if ranks.gathered(path.exists())[0]:  # another process has finished it
+                return Result.load(path)
+            result = sequence.run(progress=progress and ranks.rank() == 0)
+            with ranks.agreed():
+                if ranks.rank() == 0:
+                    result.save(path)
+                    shutil.rmtree(sequence.state, ignore_errors=True)
     return result
 
 

@@ -8,15 +8,45 @@ the next one; and what does not match its digests is not resumed from.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from bitstack_nb.files import sha256
 
+logger = logging.getLogger(__name__)
+
 _NUMBERS = "numbers.json"
+
+
+@contextmanager
+def alone(state: Path) -> Iterator[None]:
+    """Hold the run of a state folder for this process; another process with the same run waits.
+
+    The lock is the operating system's (over NFS too): it goes with its process, however that ends.
+    When the body has not raised, the run is finished: whoever waited has to look for its result.
+    """
+    file = state.with_suffix(".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.warning("%s is being run by another process: waiting for its end", state.stem)
+        lock.acquire(poll_interval=1)
+    try:
+        yield
+    finally:
+        lock.release()
+    # Not sooner and not after an error: two could hold two files of this name. Now both would only
+    # read the result.
+    with suppress(OSError):
+        file.unlink()
 
 
 def saved_stages(state: Path) -> list[int]:

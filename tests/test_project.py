@@ -15,6 +15,7 @@ from bitstack_nb import BitStack, Protocol
 from bitstack_nb.backbones import collate, encode, load_backbone
 from bitstack_nb.reports import summary
 from bitstack_nb.results import load_results
+from bitstack_nb.tables import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

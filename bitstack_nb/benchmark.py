@@ -241,6 +241,7 @@ class _Sequence:
         """Write the state after a stage."""
         self.numbers["stages_done"] = stages_done
         self.numbers["peak_memory"] = peak_memory(self.numbers["peak_memory"], self.device)
+        self._use_last_head()  # drift is measured with the first task's
         # Clones, because safetensors refuses tensors that share memory (tied weights).
         weights = {
             name: tensor.cpu().clone(memory_format=torch.contiguous_format)
@@ -279,10 +280,9 @@ class _Sequence:
             self.heads.load_state_dict(load_file(folder / "heads.safetensors"))
             # First the strategy, because recall takes the model at its base.
             self.strategy.load(folder)
-            # The checkpoint was written with the last task's head in place.
-            last = self.stages[numbers["stages_done"] - 1][-1]
-            model = self.heads.use(self.protocol.tasks[last].name)
-            model.load_state_dict(load_file(folder / "model.safetensors"))
+            self.numbers = numbers
+            self._use_last_head()
+            self.model.load_state_dict(load_file(folder / "model.safetensors"))
             # A run that an earlier version began has none, and ends without its drift.
             if (first := folder / "first.safetensors").exists():
                 self.first = load_file(first)
@@ -290,7 +290,11 @@ class _Sequence:
             raise ValueError(
                 f"cannot go on from {folder} ({error}): delete {self.state} to start this run again"
             ) from error
-        self.numbers = numbers
+
+    def _use_last_head(self) -> None:
+        """Put in the head of the last task trained, which checkpoints hold with the backbone."""
+        last = self.stages[self.numbers["stages_done"] - 1][-1]
+        self.heads.use(self.protocol.tasks[last].name)
 
     def _check_same(self, before: dict[str, Any], folder: Path) -> None:
         """Raise if the first part of the run had other data, another model or another device."""

@@ -122,6 +122,7 @@ class _Sequence:
 
     def run(self, *, progress: bool) -> Result:
         self._resume()
+        stages.check_writable(self.state)
         done = self.numbers["stages_done"]
         name = self.protocol.strategy
         with tqdm(total=self._batches(done), desc=name, unit="batch", disable=not progress) as bar:

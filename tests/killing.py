@@ -25,6 +25,9 @@ from bitstack_nb import Protocol, Result, run
 from bitstack_nb.benchmark import _Sequence
 from bitstack_nb.inputs import load_inputs
 
+# For models this small a second thread only waits, for minutes on a machine that is busy.
+torch.set_num_threads(1)
+
 SMALL = Protocol(
     tasks=("imdb", "ag_news"), train_size=16, test_size=12, max_length=12, epochs=1, batch_size=8
 )
@@ -107,7 +110,6 @@ def broken(protocol: Protocol, folder: Path, moment: tuple[str, int]) -> dict[st
 
 def main(folder: Path) -> None:
     """All lives, one after the other."""
-    torch.set_num_threads(1)
     # Also what a Trainer does not clean up when it is killed.
     tempfile.tempdir = str(folder)
     load_inputs(SMALL, torch.device("cpu"))  # imports what transformers imports late

@@ -110,13 +110,17 @@ class Recall:
                 "closed, counted from 0"
             )
         before = owners.shown
-        owners.show(task)
         self._running += 1
         try:
+            owners.show(task)
             yield self._model
         finally:
             self._running -= 1
-            owners.show(before)
+            try:
+                owners.show(before)
+            except KeyboardInterrupt:  # or an open task would be left for good, and train no more
+                owners.show(before)
+                raise
 
     def export(self, task: int | None) -> nn.Module:
         """As ``BitStack.export``."""

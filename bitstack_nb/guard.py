@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 from bitstack_nb.locks import Locks
 from bitstack_nb.owners import Owners
 
-
 # A model's guards know of each other: none hides gradients from what another measures.
 _guards: WeakKeyDictionary[nn.Module, WeakSet[Guard]] = WeakKeyDictionary()
 _lifted: WeakSet[nn.Module] = WeakSet()

@@ -128,8 +128,10 @@ class Owners:
         former, coming = self._entries(self.shown), self._entries(task)
         covered, leaving, own = {}, {}, {}
         for name, parameter in self.parameters.items():
-            if self.shown is not None:
+            if self._shows_open:
                 leaving[name] = bits.take(parameter, former[name])
+            elif self.shown is not None:
+                leaving[name] = self._values[self.shown][name]
             if task is not None:
                 base = parameter if self._base is None else self._base[name]
                 covered[name] = bits.take(base, coming[name])

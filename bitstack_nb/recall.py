@@ -96,6 +96,7 @@ class Recall:
             )
         if not self._owners.is_open:
             raise RuntimeError("no task is open: begin(loader), train, then update()")
+        self._owners.show(self._owners.closed)  # two interrupts may have left another shown
         self._guard.verify()
         self._owners.close()
         logger.info("task %d is closed", self._owners.closed - 1)

@@ -168,6 +168,15 @@ class InterruptedRecall(RecallCase):
                 self.assertEqual(self.stack.verify(), 0)
         self.close()
 
+    def test_twice_on_the_way_out(self):
+        """Then another task is left shown; closing does not take its values for the open one's."""
+        self.open()
+        present = backbone(self.model)
+        self.stack._locks.show(0)
+        self.stack.update()
+        self.after.append(present)
+        self.assert_recalls(self.model, self.stack)
+
     def test_in_begin(self):
         """Nothing has changed and begin() can be called again, or the task is open."""
 

@@ -143,6 +143,9 @@ class _Sequence:
 
     def run(self, *, progress: bool) -> Result:
         self._resume()
+        with ranks.agreed():
+            if ranks.rank() == 0:
+                stages.check_writable(self.state)
         done = self.numbers["stages_done"]
         advice = "give every rank the same protocols, and one output folder that all can read"
         ranks.check_equal({self.protocol.name: done}, "stages done", advice=advice)
@@ -264,6 +267,7 @@ class _Sequence:
         """Write the state after a stage."""
         self.numbers["stages_done"] = stages_done
         self.numbers["peak_memory"] = peak_memory(self.numbers["peak_memory"], self.device)
+        self._use_last_head()  # drift is measured with the first task's
         with ranks.agreed():
             if ranks.rank() == 0:
                 self._write(stages_done)
@@ -307,10 +311,9 @@ class _Sequence:
             self.heads.load_state_dict(load_file(folder / "heads.safetensors"))
             # First the strategy, because recall takes the model at its base.
             self.strategy.load(folder)
-            # The checkpoint was written with the last task's head in place.
-            last = self.stages[numbers["stages_done"] - 1][-1]
-            model = self.heads.use(self.protocol.tasks[last].name)
-            model.load_state_dict(load_file(folder / "model.safetensors"))
+            self.numbers = numbers
+            self._use_last_head()
+            self.model.load_state_dict(load_file(folder / "model.safetensors"))
             # A run that an earlier version began has none, and ends without its drift.
             if (first := folder / "first.safetensors").exists():
                 self.first = load_file(first)
@@ -318,7 +321,11 @@ class _Sequence:
             raise ValueError(
                 f"cannot go on from {folder} ({error}): delete {self.state} to start this run again"
             ) from error
-        self.numbers = numbers
+
+    def _use_last_head(self) -> None:
+        """Put in the head of the last task trained, which checkpoints hold with the backbone."""
+        last = self.stages[self.numbers["stages_done"] - 1][-1]
+        self.heads.use(self.protocol.tasks[last].name)
 
     def _result(self) -> Result:
         times = self.numbers["times"]

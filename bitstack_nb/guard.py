@@ -7,9 +7,11 @@ guarantee; but they keep clipping and Adam's moments clean. What may not move, `
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -19,6 +21,10 @@ from bitstack_nb.eligible import refuse_shards
 from bitstack_nb.locks import Locks
 from bitstack_nb.owners import Owners
 
+# A model's guards know of each other: none hides gradients from what another measures.
+_guards: WeakKeyDictionary[nn.Module, WeakSet[Guard]] = WeakKeyDictionary()
+_lifted: WeakSet[nn.Module] = WeakSet()
+
 
 class LockedEntriesMoved(RuntimeError):
     """Entries that may not move differ from the values they must have."""
@@ -26,6 +32,9 @@ class LockedEntriesMoved(RuntimeError):
 
 class Guard:
     """Hooks on the parameters that ``locks`` holds, and on the optimizers that step them.
+
+    They keep it alive, so that a stack that nobody refers to any more goes on guarding. A deep copy
+    guards a copy of the model, and no optimizer yet.
 
     Attributes:
         handles: one gradient hook per parameter with entries that may not move, by name.
@@ -37,9 +46,17 @@ class Guard:
         self._attached: WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = (
             WeakKeyDictionary()
         )
-        self._lifted = False
         self.handles: dict[str, RemovableHandle] = {}
         self.hook_calls: dict[str, int] = {}
+        self._check_alone()
+        _guards.setdefault(model, WeakSet()).add(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+        # torch copies no gradient hooks, so their handles would be of none.
+        copied = Guard(copy.deepcopy(self._model, memo), copy.deepcopy(self._locks, memo))
+        if self.handles:
+            copied.add_gradient_hooks()
+        return copied
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """As ``BitStack.attach``."""
@@ -78,7 +95,7 @@ class Guard:
 
     def _hook(self, name: str) -> Callable[[torch.Tensor], torch.Tensor | None]:
         def hook(gradient: torch.Tensor) -> torch.Tensor | None:
-            if self._lifted:
+            if self._model in _lifted:
                 return None
             self.hook_calls[name] = self.hook_calls.get(name, 0) + 1
             return self._locks.movable_part(name, gradient)
@@ -87,12 +104,12 @@ class Guard:
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """Let gradients through, for measuring importance."""
-        self._lifted = True
+        """Let gradients through every stack's hooks on the model, for measuring importance."""
+        _lifted.add(self._model)
         try:
             yield
         finally:
-            self._lifted = False
+            _lifted.discard(self._model)
 
     def verify(self) -> None:
         """Raise LockedEntriesMoved, naming how many and where, if any moved."""
@@ -108,6 +125,7 @@ class Guard:
     def check_still_the_models(self) -> None:
         """A replaced parameter would be guarded no more, and nothing would tell."""
         refuse_shards(self._model)
+        self._check_alone()
         present = {id(p) for p in self._model.parameters()}
         gone = [name for name, p in self._parameters().items() if id(p) not in present]
         if gone:
@@ -117,6 +135,16 @@ class Guard:
                 "not supported. Exclude heads that are swapped "
                 "(exclude=[...]), or save the stack and load it onto the model as it is now"
             )
+
+    def _check_alone(self) -> None:
+        """Two stacks can each hold their own entries, but in mode recall one holds everything."""
+        for other in _guards.get(self._model, ()):
+            recall = any(isinstance(guard._locks, Owners) for guard in (self, other))
+            if other is not self and other.handles and recall:
+                raise RuntimeError(
+                    "another stack has hooks on this model, and one of mode 'recall' is alone on "
+                    "its own: call the other's detach() first, or load the model anew"
+                )
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {**self._locks.parameters, **self._locks.held}

@@ -23,7 +23,7 @@ def accuracy_matrix(matrix: Matrix) -> np.ndarray:
     """
     try:
         a = np.array(matrix, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"the accuracy matrix must have rows of equal length holding numbers or None ({error})"
         ) from error

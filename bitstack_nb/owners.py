@@ -126,24 +126,32 @@ class Owners:
         self._follow(self.parameters)
         # All is found before anything is written.
         former, coming = self._entries(self.shown), self._entries(task)
-        aside, covered, own = {}, {}, {}
+        covered, leaving, own = {}, {}, {}
         for name, parameter in self.parameters.items():
             if self._shows_open:
-                aside[name] = bits.take(parameter, former[name])
+                leaving[name] = bits.take(parameter, former[name])
+            elif self.shown is not None:
+                leaving[name] = self._values[self.shown][name]
             if task is not None:
                 base = parameter if self._base is None else self._base[name]
                 covered[name] = bits.take(base, coming[name])
                 own[name] = (self._aside if task == self.closed else self._values[task])[name]
-        for name, parameter in self.parameters.items():
-            if self.shown is not None:
-                bits.put(parameter, former[name], self._covered[name])
-            if task is not None:
-                bits.put(parameter, coming[name], own[name])
-        self._aside = {} if task == self.closed else aside or self._aside
+        try:
+            self._write((former, self._covered), (coming, own))
+        except BaseException:  # a notebook's interrupt too
+            self._write((coming, covered), (former, leaving))
+            raise
+        self._aside = {} if task == self.closed else leaving if self._shows_open else self._aside
         self._covered = covered
         self.shown = task
         # Inside autocast the next forward would read the casts of the weights that were there.
         torch.clear_autocast_cache()
+
+    def _write(self, *parts: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]) -> None:
+        """Put values into the parameters at positions, each by name, one part after the other."""
+        for where, values in parts:
+            for name, positions in where.items():
+                bits.put(self.parameters[name], positions, values[name])
 
     @contextmanager
     def shown_as_before_on_error(self) -> Iterator[None]:

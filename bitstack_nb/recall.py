@@ -96,6 +96,7 @@ class Recall:
             )
         if not self._owners.is_open:
             raise RuntimeError("no task is open: begin(loader), train, then update()")
+        self._owners.show(self._owners.closed)  # two interrupts may have left another shown
         self._guard.verify()
         self._owners.close()
         logger.info("task %d is closed", self._owners.closed - 1)
@@ -110,13 +111,17 @@ class Recall:
                 "closed, counted from 0"
             )
         before = owners.shown
-        owners.show(task)
         self._running += 1
         try:
+            owners.show(task)
             yield self._model
         finally:
             self._running -= 1
-            owners.show(before)
+            try:
+                owners.show(before)
+            except KeyboardInterrupt:  # or an open task would be left for good, and train no more
+                owners.show(before)
+                raise
 
     def export(self, task: int | None) -> nn.Module:
         """As ``BitStack.export``."""

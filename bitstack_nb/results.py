@@ -53,15 +53,34 @@ class Result:
             kind = list if item.name in ("matrix", "locks", "lock_stats") else dict
             if not isinstance(value, kind) and not (item.name == "matrix" and value is None):
                 raise ResultError(f"{item.name} must be a {kind.__name__}, got {value!r}")
-        if "strategy" not in self.protocol:
-            raise ResultError(f"protocol needs a strategy, it has {sorted(self.protocol)}")
-        for task in self.protocol.get("tasks") or []:
-            if not isinstance(task, dict) or "name" not in task:
-                raise ResultError(f"protocol.tasks must be dicts with a name, got {task!r}")
-        for name, value in self.metrics.items():
-            if value is not None and not isinstance(value, int | float):
-                raise ResultError(f"metrics.{name} must be a number or null, got {value!r}")
+        self._check_protocol()
+        self._check_numbers()
         self._check_matrix()
+
+    def _check_protocol(self) -> None:
+        if not isinstance(self.protocol.get("strategy"), str):
+            raise ResultError(f"protocol needs a strategy, it has {sorted(self.protocol)}")
+        tasks = self.protocol.get("tasks", [])
+        if not isinstance(tasks, list):
+            raise ResultError(f"protocol.tasks must be a list, got {tasks!r}")
+        for task in tasks:
+            if not isinstance(task, dict) or not isinstance(task.get("name"), str):
+                raise ResultError(f"protocol.tasks must be dicts with a name, got {task!r}")
+
+    def _check_numbers(self) -> None:
+        """What tables and figures calculate with."""
+        records = {"metrics": self.metrics, "storage": self.storage}
+        records |= {f"lock_stats[{at}]": own for at, own in enumerate(self.lock_stats)}
+        records |= {f"drift.{group}": own for group, own in self.drift.items()}
+        for where, record in records.items():
+            if not isinstance(record, dict):
+                raise ResultError(f"{where} must be a dict, got {record!r}")
+            for name, value in record.items():
+                if value is not None and not _is_number(value):
+                    raise ResultError(f"{where}.{name} must be a number or null, got {value!r}")
+        for at, record in enumerate(self.locks):
+            if not isinstance(record, dict):
+                raise ResultError(f"locks[{at}] must be a dict, got {record!r}")
 
     def _check_matrix(self) -> None:
         if self.matrix is None:
@@ -75,6 +94,9 @@ class Result:
             size = len(accuracy_matrix(self.matrix))
         except ValueError as error:
             raise ResultError(str(error)) from error
+        for value in (value for row in self.matrix for value in row):
+            if value is not None and not _is_number(value):
+                raise ResultError(f"the accuracy matrix must hold numbers or null, got {value!r}")
         tasks = self.protocol.get("tasks")
         if tasks is not None and len(tasks) != size:
             raise ResultError(f"the matrix has {size} rows, but protocol names {len(tasks)} tasks")
@@ -101,9 +123,10 @@ class Result:
         """Read what ``save`` wrote. Raises ResultError naming the file and what is wrong in it."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
+            json.dumps(data, ensure_ascii=False).encode()  # no half of a surrogate pair
         except OSError as error:
             raise ResultError(f"cannot read the result {path}: {error.strerror}") from error
-        except ValueError as error:  # bad JSON or bad UTF-8
+        except (ValueError, RecursionError) as error:  # bad JSON or UTF-8, nested without end
             raise ResultError(
                 f"{path} is truncated or not JSON ({error}): delete it and run again"
             ) from error
@@ -127,6 +150,11 @@ def load_results(*paths: str | os.PathLike[str]) -> list[Result]:
             raise ResultError(f"no result (*.json) in {path}: run something with that output first")
         found.update(dict.fromkeys(file.resolve() for file in files))
     return [Result.load(file) for file in found]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one to calculate with: JSON's integers may be beyond every float."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _json_files(folder: Path) -> list[Path]:

@@ -132,7 +132,6 @@ class _Control(_Stacked):
 
     def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
         """Lock the entries with the highest scores among those that are free."""
-        self._stack.detach()  # its hooks would hide gradients; the next stage attaches it again
         before = self._count.stats()["locked"]
         after = self._count.update(loader, n_batches=self.protocol.n_batches)["locked"]
         self._count.detach()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,18 +62,34 @@ def stage_folder(state: Path, stage: int) -> Path:
     return state / f"stage-{stage}"
 
 
+def check_writable(state: Path) -> None:
+    """Make the folder, or raise an OSError now: not after a first stage was trained for nothing."""
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=state):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to {state} ({error}): choose another output folder") from error
+
+
 @contextmanager
 def saving(state: Path, stage: int, numbers: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield an empty folder to write a stage's files into; the rename at the end makes it count."""
+    """Yield an empty folder to write a stage's files into; the rename at the end makes it count.
+
+    When the body raises, as on a full disk, what it has written is removed.
+    """
     folder = stage_folder(state, stage)
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    digests = {file.name: sha256(file) for file in temporary.iterdir()}
-    (temporary / _NUMBERS).write_text(json.dumps({**numbers, "files": digests}))
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one that was passed over
-    temporary.replace(folder)
+    try:
+        yield temporary
+        digests = {file.name: sha256(file) for file in temporary.iterdir()}
+        (temporary / _NUMBERS).write_text(json.dumps({**numbers, "files": digests}))
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one that was passed over
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(stage_folder(state, stage - 2), ignore_errors=True)
 
 

@@ -12,10 +12,14 @@ as masks are; compressed by zlib, which takes a fraction where tasks own little)
 ``values.<dtype>`` (the tasks' values of the parameters of that dtype, task after task, in the same
 order). Metadata: the number of tasks, and the base's digests by name, because a task's values mean
 nothing on another base; the rest as above. Version 2 had ``owners`` as they are.
+
+Both have a digest of all that in the metadata, without which a flipped bit of a locked value would
+pass for the value; files written before there was one are read without.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
@@ -33,6 +37,19 @@ from bitstack_nb.files import replacing
 
 FORMAT, BIT_ORDER = "bitstack-masks", "little"
 VERSIONS = {"1": "protect", "2": "recall", "3": "recall"}
+
+
+# What a file that is not as written makes of the reading of it.
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
 
 
 class MaskFileError(ValueError):
@@ -58,11 +75,22 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any], *, values: boo
         "parameters": json.dumps(parameters, separators=(",", ":")),
         **own,
     }
+    metadata["digest"] = _digest(tensors, metadata)
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
     except (SafetensorError, OSError) as error:
         raise OSError(f"cannot write the masks to {path}: {error}") from error
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of everything in a file but the digest itself, in hexadecimal."""
+    kept = sorted(item for item in metadata.items() if item[0] != "digest")
+    found = hashlib.sha256(json.dumps(kept).encode())
+    for key, tensor in sorted(tensors.items()):
+        found.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 Content = tuple[dict[str, torch.Tensor], dict[str, str]]
@@ -142,9 +170,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{metadata.get('bit_order')}, this package reads {' and '.join(VERSIONS)} with "
             f"{BIT_ORDER}: update it"
         )
+    if metadata.get("digest", found := _digest(tensors, metadata)) != found:
+        raise MaskFileError(f"{path} is damaged: its content is not what its digest says")
     try:
         return (_recall_state if mode == "recall" else _protect_state)(metadata, tensors)
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, zlib.error) as error:
+    except _DAMAGE as error:
         raise MaskFileError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -161,6 +191,12 @@ def _check_padding(name: str, packed: torch.Tensor, shape: list[int]) -> None:
         raise ValueError(f"the mask of {name} has bits beyond its end")
 
 
+def _check_tasks(name: str, tasks: list[list[int]], locked: int) -> None:
+    """A task adds no more than it selects, and all of them together what is locked."""
+    if sum(added for _, added in tasks) != locked or any(not 0 <= a <= s for s, a in tasks):
+        raise ValueError(f"the tasks' counts for {name} are not those of its {locked} locked")
+
+
 def _protect_state(
     metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
@@ -174,6 +210,8 @@ def _protect_state(
         for selected, added in zip(tensors["selected"], tensors["added"], strict=True)
     ]
     counts = {name: bits.count(own) for name, own in packed.items()}
+    for name, own in counts.items():
+        _check_tasks(name, [task[name] for task in tasks], own)
     has_values = json.loads(metadata["values"])
     return {
         "settings": dict(json.loads(metadata["settings"])),

@@ -27,6 +27,15 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert commands[0] in (ROOT / ".ci" / "run").read_text()
 
 
+def test_every_test_that_the_readmes_faults_name_is_there():
+    named = re.findall(r"^\|.*\| `(test_\w+\.py)::(\w+)` \|$", README, re.M)
+    rows = README.split("## What it survives")[1].split("## Limits")[0].count("\n|") - 2
+    assert len(named) == rows > 0
+    for file, name in named:
+        text = (ROOT / "tests" / file).read_text()
+        assert re.search(rf"def {name}\(|^{name}\b.* = ", text, re.M), (file, name)
+
+
 def test_the_readmes_ten_lines_work(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = re.search(r"```python\n(from bitstack_nb import BitStack\n.*?)```", README, re.S)[1]

@@ -79,6 +79,7 @@ class Refused(FileCase):
         tensors = load_file(self.path)
         with safe_open(self.path, framework="pt") as file:
             metadata = dict(file.metadata())
+        metadata.pop("digest")  # or it would refuse every change
         change(tensors, metadata)
         save_file(tensors, self.path, metadata=metadata)
 
@@ -91,7 +92,7 @@ class Refused(FileCase):
     def test_missing_or_damaged_parts(self):
         self.locked().save(self.path)
         with safe_open(self.path, framework="pt") as file:
-            keys, entries = list(file.keys()), list(file.metadata())
+            keys, entries = list(file.keys()), file.metadata().keys() - {"digest"}
         for key in keys:
             if not key.startswith("values"):
                 with self.subTest(missing=key):

@@ -1,0 +1,383 @@
+"""What notebooks do to a stack: interrupts, cells run twice or out of order, copies, casts, moves.
+
+The guarantee holds through it, or an error says why not.
+"""
+
+import copy
+import gc
+import logging
+import sys
+import tempfile
+import unittest
+from contextlib import contextmanager
+
+import tiny
+import torch
+from cases import ADAMW, FileCase, LockedCase, RecallCase, backbone
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from bitstack_nb import BitStack
+from bitstack_nb.stack import LockedEntriesMoved
+
+
+@contextmanager
+def interrupted(after: int | None = None):
+    """Ctrl-C when torch's functions have returned so often; yields how often they did.
+
+    Python raises a KeyboardInterrupt that came while C code ran when that returns.
+    """
+    calls = [0]
+
+    def count(frame, event, function):
+        owner = getattr(function, "__self__", None)
+        torchs = isinstance(owner, torch.Tensor) or "torch" in getattr(owner, "__module__", "")
+        if event == "c_return" and torchs:
+            calls[0] += 1
+            if calls[0] == after:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    sys.setprofile(count)
+    try:
+        yield calls
+    except KeyboardInterrupt:
+        if calls[0] != after:
+            raise
+    finally:
+        sys.setprofile(None)
+
+
+class Interrupted(LockedCase):
+    """The kernel is interrupted, and the next cell is run."""
+
+    def moments(self, call, count=12) -> range:
+        """Moments spread over all that a call does."""
+        with interrupted() as calls:
+            call()
+        self.assertGreater(calls[0], count)
+        return range(1, calls[0] + 1, max(1, calls[0] // count))
+
+    def test_in_a_training_step(self):
+        """In the optimizer some weights have moved and are not put back yet: verify says so."""
+        model, optimizer, stack = self.locked_model()
+        told = 0
+        for moment in self.moments(lambda: tiny.train(model, optimizer, tiny.batches(1, seed=1))):
+            with self.subTest(moment):
+                before = tiny.snapshot(model)
+                with interrupted(moment):
+                    tiny.train(model, optimizer, tiny.batches(1, seed=1))
+                try:
+                    stack.verify()
+                except LockedEntriesMoved as error:
+                    told += 1
+                    self.assertRegex(str(error), r"restore\(\)")
+                if moment % 2:  # put back by hand, or by the next step
+                    stack.restore()
+                    self.assertEqual(stack.verify(), 0)
+                tiny.train(model, optimizer, tiny.batches(1, seed=2))
+                self.assert_held(stack, model, before)
+        self.assertGreater(told, 0)
+
+    def test_in_update(self):
+        """Nothing has changed, or all: doing it again gives the masks of doing it once."""
+        once = self.locked_model()[2]
+        once.update(tiny.batches(2, seed=1))
+        for moment in self.moments(lambda: self.locked_model()[2].update(tiny.batches(2, seed=1))):
+            with self.subTest(moment):
+                model, optimizer, stack = self.locked_model()
+                before = tiny.snapshot(model)
+                with interrupted(moment):
+                    stack.update(tiny.batches(2, seed=1))
+                self.assertFalse(any(c.any() for c in tiny.changed(model, before).values()))
+                self.assertEqual(stack.verify(), 0)
+                stack.update(tiny.batches(2, seed=1))
+                for name, mask in once.masks.items():
+                    self.assertTrue(torch.equal(stack.masks[name], mask), name)
+                tiny.train(model, optimizer, tiny.batches(1, seed=2))
+                self.assert_held(stack, model, before)
+
+    def test_in_a_trainer(self):
+        class Stop(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                if state.global_step == 2:
+                    raise KeyboardInterrupt
+
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        model = tiny.gpt2()
+        stack = BitStack(model, 0.3)
+        stack.update(tiny.batches(2, seed=0))
+        before = tiny.snapshot(model)
+        (batch,) = tiny.batches(1, seed=1, size=16)
+        rows = [{key: value[i] for key, value in batch.items()} for i in range(16)]
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=4,
+                num_train_epochs=1,
+                learning_rate=1e-2,
+                weight_decay=0.1,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=True,
+            )
+            trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[stack.callback()])
+            trainer.add_callback(stop := Stop())
+            with self.assertRaises(KeyboardInterrupt):
+                trainer.train()
+            self.assertEqual(stack.verify(), 0)
+            trainer.remove_callback(stop)
+            trainer.train()
+        self.assert_held(stack, model, before)
+        self.assertGreater(stack.update(tiny.batches(2, seed=1))["locked"], 0)
+
+
+class InterruptedRecall(RecallCase):
+    moments = Interrupted.moments
+
+    def setUp(self):
+        """Two closed tasks and an open one, trained halfway."""
+        self.model, self.stack = self.trained(tasks=2)
+        self.optimizer = ADAMW(self.model.parameters())
+        self.stack.attach(self.optimizer)
+
+    def open(self):
+        self.stack.begin(tiny.batches(2, seed=2), head_steps=2)
+        tiny.train(self.model, self.optimizer, tiny.batches(2, seed=2))
+
+    def close(self):
+        tiny.train(self.model, self.optimizer, tiny.batches(1, seed=3))
+        self.stack.update()
+        self.after.append(backbone(self.model))
+        self.assert_recalls(self.model, self.stack)
+
+    def test_in_a_switch(self):
+        """On the way in or out: the present task stands as it was, and trains on."""
+        self.open()
+        present = backbone(self.model)
+
+        def switch():
+            with self.stack.recall(0):
+                pass
+
+        for moment in self.moments(switch):
+            with self.subTest(moment):
+                with interrupted(moment):
+                    switch()
+                self.assert_bits(self.model, present)
+                self.assertEqual(self.stack.verify(), 0)
+        self.close()
+
+    def test_twice_on_the_way_out(self):
+        """Then another task is left shown; closing does not take its values for the open one's."""
+        self.open()
+        present = backbone(self.model)
+        self.stack._locks.show(0)
+        self.stack.update()
+        self.after.append(present)
+        self.assert_recalls(self.model, self.stack)
+
+    def test_in_begin(self):
+        """Nothing has changed and begin() can be called again, or the task is open."""
+
+        def begin():
+            self.stack.begin(tiny.batches(2, seed=2), head_steps=2)
+
+        opened = set()
+        for moment in self.moments(begin, 20):
+            with self.subTest(moment):
+                self.setUp()
+                before, masks = backbone(self.model), dict(self.stack.masks)
+                with interrupted(moment):
+                    begin()
+                with self.stack.recall(1):
+                    self.assert_bits(self.model, before)
+                try:
+                    begin()
+                    was_open = False
+                except RuntimeError as error:
+                    self.assertRegex(str(error), "still open")
+                    was_open = True
+                opened.add(was_open)
+                added = {n: mask & ~masks[n] for n, mask in self.stack.masks.items()}
+                self.assertEqual(sum(int(mask.sum()) for mask in added.values()), round(0.2 * 2722))
+                self.close()
+        self.assertIn(False, opened)
+
+    def test_in_a_training_step(self):
+        self.open()
+        step = lambda: tiny.train(self.model, self.optimizer, tiny.batches(1, seed=2))  # noqa: E731
+        for moment in self.moments(step):
+            with interrupted(moment):
+                step()
+        self.close()
+
+
+class Reruns(LockedCase, FileCase):
+    """Cells run twice or out of order, and what they leave behind."""
+
+    def test_update_twice(self):
+        """The same data choose the same entries: the second time none is added (budget union)."""
+        model, optimizer, stack = self.locked_model()
+        locked = stack.stats()["locked"]
+        self.assertEqual(stack.update(tiny.batches(2, seed=0))["locked"], locked)
+        before = tiny.snapshot(model)
+        tiny.train(model, optimizer, tiny.batches(2, seed=1))
+        self.assert_held(stack, model, before)
+
+    def test_a_stack_that_is_garbage_goes_on_guarding(self):
+        model, optimizer, stack = self.locked_model()
+        masks, before = dict(stack.masks), tiny.snapshot(model)
+        del stack
+        gc.collect()
+        tiny.train(model, optimizer, tiny.batches(3, seed=1))
+        changed = tiny.changed(model, before)
+        for name, mask in masks.items():
+            self.assertFalse(changed[name][mask].any(), name)
+            self.assertTrue(changed[name][~mask].any() or mask.all(), name)
+            self.assertFalse(model.get_parameter(name).grad[mask].any())
+
+    def test_two_stacks_on_one_model(self):
+        """Each holds its own; neither hides from the other what it measures."""
+        model, optimizer, first = self.locked_model()
+        twin = BitStack(tiny.unhooked_copy(model), 0.1)
+        twin.update(tiny.batches(2, seed=1))
+        second = BitStack(model, 0.1)
+        second.update(tiny.batches(2, seed=1))
+        for name, mask in twin.masks.items():
+            self.assertTrue(torch.equal(second.masks[name], mask), name)
+        second.attach(optimizer)
+        before = tiny.snapshot(model)
+        tiny.train(model, optimizer, tiny.batches(3, seed=2))
+        for stack in (first, second):
+            self.assert_held(stack, model, before, moving=0.3)
+
+    def test_a_file_loaded_twice(self):
+        model, optimizer, stack = self.locked_model()
+        stack.save(self.path)
+        before = tiny.snapshot(model)
+        for _ in range(2):
+            stack = BitStack.load(self.path, model)
+            stack.attach(optimizer)
+        tiny.train(model, optimizer, tiny.batches(2, seed=1))
+        self.assert_held(stack, model, before)
+
+    def test_a_recall_stack_is_alone_on_its_model(self):
+        """Beside another its base would be some task's, and its tasks would not train."""
+        for modes in (("recall", "recall"), ("protect", "recall"), ("recall", "protect")):
+            with self.subTest(modes):
+                model = tiny.plain()
+                optimizer = ADAMW(model.parameters())
+                first = BitStack(model, 0.2, mode=modes[0])
+                early = BitStack(model, 0.2, mode=modes[1])  # neither has done anything yet
+                if modes[0] == "recall":
+                    first.begin(tiny.batches(2, seed=0))
+                else:
+                    first.update(tiny.batches(2, seed=0))
+                calls = [
+                    lambda m=model, mode=modes[1]: BitStack(m, 0.2, mode=mode),
+                    lambda e=early, o=optimizer: e.attach(o),
+                    lambda e=early: (e.begin if e.settings["mode"] == "recall" else e.update)(
+                        tiny.batches(2, seed=1)
+                    ),
+                ]
+                for call in calls:
+                    with self.assertRaisesRegex(RuntimeError, r"another stack.*detach\(\)"):
+                        call()
+                first.detach()
+                BitStack(model, 0.2, mode=modes[1]).attach(optimizer)
+
+
+class Changed(LockedCase):
+    """The model is cast, moved or copied after locking."""
+
+    def test_a_cast_is_refused_by_the_next_step(self):
+        for cast in (torch.bfloat16, torch.float16, torch.float64):
+            with self.subTest(cast):
+                model, optimizer, stack = self.locked_model()
+                model.to(cast)
+                for call in (
+                    lambda m=model, o=optimizer: tiny.train(m, o, tiny.batches(1, seed=1)),
+                    lambda s=stack: s.update(tiny.batches(1, seed=1)),
+                    stack.verify,
+                ):
+                    with self.assertRaisesRegex(RuntimeError, "locked as torch.float32.*cast"):
+                        call()
+
+    def test_a_cast_and_back_is_seen_and_can_be_undone(self):
+        model, optimizer, stack = self.locked_model()
+        before = tiny.snapshot(model)
+        model.to(torch.bfloat16).to(torch.float32)
+        with self.assertRaises(LockedEntriesMoved):
+            stack.verify()
+        tiny.train(model, optimizer, tiny.batches(1, seed=1))
+        self.assert_held(stack, model, before)
+
+    def test_a_move_to_a_device_without_values_is_refused(self):
+        model, _, stack = self.locked_model()
+        state = stack.state_dict()
+        model.to("meta")
+        for call in (
+            stack.verify,
+            lambda: stack.update(tiny.batches(1, seed=1)),
+            lambda: stack.attach(ADAMW(model.parameters())),
+        ):
+            with self.assertRaisesRegex(RuntimeError, "no longer holds blocks"):
+                call()
+        self.assertEqual(sum(map(len, state["values"].values())), stack.stats()["locked"])
+
+    @unittest.skipUnless(torch.cuda.is_available(), "needs a GPU")
+    def test_a_move_to_a_gpu_and_back(self):
+        model, _, stack = self.locked_model()
+        before = tiny.snapshot(model)
+        for device in ("cuda", "cpu"):
+            model.to(device)
+            optimizer = ADAMW(model.parameters())
+            stack.attach(optimizer)
+            loader = [{k: v.to(device) for k, v in b.items()} for b in tiny.batches(2, seed=1)]
+            tiny.train(model, optimizer, loader)
+            self.assertEqual(stack.verify(), 0)
+        self.assert_held(stack, model, before)
+
+    def test_a_copy_of_the_model_is_another_model(self):
+        """It trains freely, and nothing of that reaches the guarded one."""
+        model, optimizer, stack = self.locked_model()
+        before, twin = tiny.snapshot(model), copy.deepcopy(model)
+        theirs = ADAMW(twin.parameters())
+        with self.assertRaisesRegex(ValueError, "holds none of the stack's parameters"):
+            stack.attach(theirs)
+        tiny.train(twin, theirs, tiny.batches(2, seed=1))
+        self.assertTrue(tiny.changed(twin, before)["blocks.0.up.weight"].all())
+        self.assertFalse(any(c.any() for c in tiny.changed(model, before).values()))
+        tiny.train(model, optimizer, tiny.batches(2, seed=1))
+        self.assert_held(stack, model, before)
+
+    def test_a_copy_of_the_stack_guards_a_copy_of_the_model(self):
+        model, optimizer, stack = self.locked_model()
+        twin_stack, twin = copy.deepcopy((stack, model))
+        theirs = ADAMW(twin.parameters())
+        twin_stack.attach(theirs)
+        before = tiny.snapshot(model)
+        for each, its_model, steps in ((twin_stack, twin, theirs), (stack, model, optimizer)):
+            tiny.train(its_model, steps, tiny.batches(2, seed=1))
+            self.assert_held(each, its_model, before)
+            for name, mask in each.masks.items():
+                self.assertFalse(its_model.get_parameter(name).grad[mask].any(), name)
+        self.assertGreater(twin_stack.update(tiny.batches(2, seed=3))["locked"], 0)
+        self.assertEqual(stack.verify(), 0)
+
+
+class ChangedRecall(RecallCase):
+    def test_a_copy_of_the_stack_recalls_on_a_copy_of_the_model(self):
+        model, stack = self.trained(tasks=2)
+        twin_stack, twin = copy.deepcopy((stack, model))
+        optimizer, after = ADAMW(twin.parameters()), list(self.after)
+        twin_stack.attach(optimizer)
+        self.train_task(twin, twin_stack, optimizer, 2)
+        self.assert_recalls(twin, twin_stack)
+        self.after = after
+        self.assert_recalls(model, stack)
+
+
+if __name__ == "__main__":
+    unittest.main()

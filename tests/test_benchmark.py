@@ -397,7 +397,7 @@ def test_a_run_records_what_its_tasks_take(results):
     masks = results["bitstack"].lock_stats[0]["eligible"] / 8
     assert masks <= stored["bitstack"] == stored["random-mask"] < 1.01 * masks
     values = 4 * results["recall"].lock_stats[-1]["locked"]
-    assert stored["recall"] == pytest.approx(values + 2 * masks, rel=0.01)
+    assert values < stored["recall"] <= 1.01 * (values + 2 * masks)  # owners are compressed
     assert stored["single"] > stored["recall"] > stored["lora"] > stored["bitstack"]
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,10 @@ def run(
     join_ranks(found)
     with undisturbed_rng(found):  # the Trainer seeds the global generators
         sequence = _Sequence(protocol, found, path.with_suffix(".state"), command)
-        # Rank 0 waits for all.
-        with stages.alone(sequence.state) if ranks.rank() == 0 else nullcontext():
+        with ExitStack() as held:
+            with ranks.agreed():
+                if ranks.rank() == 0:  # waits for all
+                    held.enter_context(stages.alone(sequence.state))
             if ranks.gathered(path.exists())[0]:  # another process has finished it
                 return Result.load(path)
             result = sequence.run(progress=progress and ranks.rank() == 0)

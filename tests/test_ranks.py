@@ -185,6 +185,7 @@ def trained() -> dict:
     stack.update(train_with_trainer(model, stack, seed=1))
     stack.verify()
     found["after"] = tiny.snapshot(model)
+    stack.detach()  # mode recall is alone on its model
     stack = BitStack(model, 0.3, mode="recall")
     stack.begin(loader)
     train_with_trainer(model, stack, seed=2)

@@ -83,8 +83,11 @@ def run(
         with ExitStack() as held:
             with ranks.agreed():
                 if ranks.rank() == 0:  # waits for all
+                    stages.check_writable(sequence.state)  # a lock there would be waited for
                     held.enter_context(stages.alone(sequence.state))
             if ranks.gathered(path.exists())[0]:  # another process has finished it
+                if ranks.rank() == 0:
+                    shutil.rmtree(sequence.state, ignore_errors=True)
                 return Result.load(path)
             result = sequence.run(progress=progress and ranks.rank() == 0)
             with ranks.agreed():
@@ -145,9 +148,6 @@ class _Sequence:
 
     def run(self, *, progress: bool) -> Result:
         self._resume()
-        with ranks.agreed():
-            if ranks.rank() == 0:
-                stages.check_writable(self.state)
         done = self.numbers["stages_done"]
         advice = "give every rank the same protocols, and one output folder that all can read"
         ranks.check_equal({self.protocol.name: done}, "stages done", advice=advice)

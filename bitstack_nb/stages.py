@@ -35,13 +35,10 @@ def alone(state: Path) -> Iterator[None]:
     file = state.with_suffix(".lock")
     lock = FileLock(file)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
         logger.warning("%s is being run by another process: waiting for its end", state.stem)
         lock.acquire(poll_interval=1)
-    except OSError as error:
-        raise _not_writable(state, error) from error
     try:
         yield
     finally:
@@ -71,11 +68,7 @@ def check_writable(state: Path) -> None:
         with tempfile.TemporaryFile(dir=state):
             pass
     except OSError as error:
-        raise _not_writable(state, error) from error
-
-
-def _not_writable(state: Path, error: OSError) -> OSError:
-    return OSError(f"cannot write to {state} ({error}): choose another output folder")
+        raise OSError(f"cannot write to {state} ({error}): choose another output folder") from error
 
 
 @contextmanager

@@ -242,15 +242,17 @@ def test_nesting_without_end(tmp_path):
 
 
 def test_nothing_is_unpickled():
-    """A pickle runs code when it is loaded. numpy and torch load some too if they are let."""
-    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    """A pickle runs code when it is loaded. numpy, torch and joblib load some too if they may."""
+    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}
     for path in Path(bitstack_nb.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 assert forbidden.isdisjoint(name.name for name in node.names), path
             elif isinstance(node, ast.ImportFrom):
                 assert node.module not in forbidden, path
+                of_joblib = {n.name for n in node.names} if node.module == "joblib" else set()
+                assert of_joblib.isdisjoint({"load", "dump", "Memory"}), path
             elif isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("torch.load", "torch.save"), path
+                assert called not in ("torch.load", "torch.save", "joblib.load"), path
                 assert "allow_pickle" not in {k.arg for k in node.keywords}, path

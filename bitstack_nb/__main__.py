@@ -250,7 +250,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_figures(commands: argparse._SubParsersAction) -> None:
-    what = "draw recorded results as PNG files"
+    what = "draw recorded results as PNG files, and write their tables"
     parser = commands.add_parser("figures", help=what, description=what)
     add = parser.add_argument
     recorded = f"each of {', '.join(map(str, RECORDED))} to a folder of its own if not given"

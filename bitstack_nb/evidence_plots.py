@@ -12,18 +12,17 @@ import numpy as np
 
 from bitstack_nb.drift import KINDS, STATES
 from bitstack_nb.metrics import mean_interval
-from bitstack_nb.pairs import all_tasks, metric, no_pairs, task_difference
+from bitstack_nb.pairs import all_tasks, final_accuracy, metric
 from bitstack_nb.plot_style import (
     GREY,
     Figure,
     Group,
     counted,
     grouped,
-    names,
     styled,
     titled,
 )
-from bitstack_nb.plots import Panel, dots, draw_dots, numbers
+from bitstack_nb.plots import difference_dots, draw_dots, numbers
 from bitstack_nb.results import Result, ResultError
 
 
@@ -35,26 +34,9 @@ def task_differences(results: Iterable[Result], baseline: str = "single") -> Fig
     ResultError where there is none.
     """
     results = list(results)
-    groups = [g for g in grouped(results) if g.settings["strategy"] != baseline]
-    panels = [
-        Panel(
-            task,
-            "points",
-            [
-                numbers(
-                    g.results,
-                    lambda r, task=task: task_difference(r, results, task, baseline=baseline),
-                )
-                for g in groups
-            ],
-        )
-        for task in all_tasks(results)
-    ]
-    if not any(values for panel in panels for values in panel.values):
-        raise no_pairs(baseline)
-    what = names([{"strategy": baseline, "budget": None}])[0]
-    title = f"Accuracy on each task at the end, difference to {what}, the same seeds paired"
-    return dots(title, groups, panels, zero=True, same_scale=True)
+    panels = {task: ("points", final_accuracy(task)) for task in all_tasks(results)}
+    title = "Accuracy on each task at the end, difference to {}, the same seeds paired"
+    return difference_dots(title, results, panels, baseline, same_scale=True)
 
 
 @styled

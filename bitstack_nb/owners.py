@@ -233,9 +233,9 @@ class Owners:
         if self.shown is None or name not in self.parameters:
             return None
         where = self._positions(self.shown, name)
-        return where, bits.take(tensor, where) if self._shows_open else self._values[self.shown][
-            name
-        ]
+        if self._shows_open:
+            return where, bits.take(tensor, where)
+        return where, self._values[self.shown][name]
 
     def _followed(self) -> Iterable[tuple[str, torch.Tensor]]:
         everything = self._everything()

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bitstack_nb.metrics import mean_interval
 from bitstack_nb.plain_json import canonical
 from bitstack_nb.protocol import OWN_SETTINGS
 from bitstack_nb.results import Result, ResultError
-from bitstack_nb.tables import column_value, configurations
+from bitstack_nb.tables import column_value, configurations, mean_and_half
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,25 +61,21 @@ def _rates(result: Result) -> tuple[float | None, float | None]:
     return rate, result.protocol.get("head_learning_rate") or rate
 
 
-def difference(
-    result: Result, results: Iterable[Result], column: str, *, baseline: str
-) -> float | None:
-    """A run less its partner of the baseline strategy, in points; None where either is missing."""
-    return _difference(result, partner(result, results, baseline), metric(column))
+def with_partners(
+    members: Iterable[Result], results: Iterable[Result], *, baseline: str
+) -> list[tuple[Result, Result]]:
+    """Runs, each with its partner of the baseline strategy; those without one are left out."""
+    results = list(results)
+    both = ((member, partner(member, results, baseline)) for member in members)
+    return [(member, other) for member, other in both if other is not None]
 
 
-def task_difference(
-    result: Result, results: Iterable[Result], task: str, *, baseline: str
-) -> float | None:
-    """The same of the accuracy on one task, by its name, after the last one."""
-    return _difference(result, partner(result, results, baseline), final_accuracy(task))
-
-
-def _difference(
-    result: Result, other: Result | None, value: Callable[[Result], float | None]
-) -> float | None:
-    pair = [None if run is None else value(run) for run in (result, other)]
-    return None if None in pair else pair[0] - pair[1]
+def differences(
+    pairs: Iterable[tuple[Result, Result]], value: Callable[[Result], float | None]
+) -> list[float]:
+    """A number of each run less that of its partner, where both have it; in points."""
+    both = [(value(member), value(other)) for member, other in pairs]
+    return [own - other for own, other in both if own is not None and other is not None]
 
 
 def metric(column: str) -> Callable[[Result], float | None]:
@@ -139,16 +134,15 @@ def _paired(
     results = list(results)
     rows = []
     for item in configurations(results):
-        row, pairs = {}, 0
-        others = [partner(result, results, baseline) for result in item.results]
-        for column, value in values.items():
-            both = zip(item.results, others, strict=True)
-            found = [d for pair in both if (d := _difference(*pair, value)) is not None]
-            mean, half = mean_interval(found) if found else (math.nan, None)
-            row |= {column: mean, f"{column}_interval": math.nan if half is None else half}
-            pairs = max(pairs, len(found))
-        if pairs and item.shown["strategy"] != baseline:
-            rows.append(item.shown | {"seeds": pairs} | row)
+        pairs = with_partners(item.results, results, baseline=baseline)
+        found = {column: differences(pairs, value) for column, value in values.items()}
+        seeds = max(map(len, found.values()), default=0)
+        if not seeds or item.shown["strategy"] == baseline:
+            continue
+        row = item.shown | {"seeds": seeds}
+        for column, own in found.items():
+            row[column], row[f"{column}_interval"] = mean_and_half(own)
+        rows.append(row)
     if not rows:
         raise no_pairs(baseline)
     return pd.DataFrame(rows)

@@ -7,7 +7,7 @@ is drawn by ``lock_plots``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from bitstack_nb.metrics import accuracy_matrix, mean_interval
 from bitstack_nb.metrics import forgetting_per_task as points_lost
-from bitstack_nb.pairs import METRICS, difference, metric, no_pairs
+from bitstack_nb.pairs import METRICS, differences, metric, no_pairs, with_partners
 from bitstack_nb.plot_style import (
     GREY,
     Figure,
@@ -118,20 +118,43 @@ def paired_differences(results: Iterable[Result], baseline: str = "finetune") ->
 
     Pairs are those of ``pairs.partner``. Raises ResultError where there is none.
     """
+    panels = {}
+    for name in _UNITS:
+        better = "higher" if METRICS[name] else "lower"
+        panels[COLUMNS[name]] = (f"difference (points)\n{better} is better", metric(name))
+    return difference_dots("Difference to {}, the same seeds paired", results, panels, baseline)
+
+
+def difference_dots(
+    title: str,
+    results: Iterable[Result],
+    panels: Mapping[str, tuple[str, Callable[[Result], float | None]]],
+    baseline: str,
+    *,
+    same_scale: bool = False,
+) -> Figure:
+    """``dots`` of every configuration less the baseline strategy, seed by seed.
+
+    Args:
+        title: with ``{}`` for the baseline's name.
+        results: all runs, the baseline's too.
+        panels: a panel's title -> its unit, and what of a run it is about.
+        baseline: a strategy.
+        same_scale: of ``dots``.
+
+    Raises ResultError where no run has a partner.
+    """
     results = list(results)
     groups = [g for g in grouped(results) if g.settings["strategy"] != baseline]
-    panels = []
-    for name in _UNITS:
-        values = [
-            numbers(g.results, lambda r, name=name: difference(r, results, name, baseline=baseline))
-            for g in groups
-        ]
-        better = "higher" if METRICS[name] else "lower"
-        panels.append(Panel(COLUMNS[name], f"difference (points)\n{better} is better", values))
-    if not any(values for panel in panels for values in panel.values):
+    pairs = [with_partners(g.results, results, baseline=baseline) for g in groups]
+    drawn = [
+        Panel(name, unit, [differences(own, value) for own in pairs])
+        for name, (unit, value) in panels.items()
+    ]
+    if not any(values for panel in drawn for values in panel.values):
         raise no_pairs(baseline)
     what = names([{"strategy": baseline, "budget": None}])[0]
-    return dots(f"Difference to {what}, the same seeds paired", groups, panels, zero=True)
+    return dots(title.format(what), groups, drawn, zero=True, same_scale=same_scale)
 
 
 # Dots: a row per configuration, a panel per quantity ----------------------------------------------

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING
 
-from bitstack_nb.metrics import mean_interval
-from bitstack_nb.pairs import difference, paired_table, paired_tasks
+from bitstack_nb.pairs import differences, metric, paired_table, paired_tasks, with_partners
 from bitstack_nb.results import Result, ResultError
 from bitstack_nb.tables import (
     configurations,
     format_table,
     markdown,
+    mean_and_half,
     provenance_table,
     table,
 )
@@ -44,12 +43,9 @@ def summary(results: list[Result]) -> pd.DataFrame:
 
 def _to_single(members: list[Result], results: list[Result]) -> tuple[float, float]:
     """Mean and half width of one configuration's differences, NaN where there are none."""
-    pairs = [difference(r, results, "average_accuracy", baseline="single") for r in members]
-    values = [value for value in pairs if value is not None]
-    if not values or members[0].protocol["strategy"] == "single":
-        return math.nan, math.nan
-    mean, half = mean_interval(values)
-    return mean, math.nan if half is None else half
+    others = [member for member in members if member.protocol["strategy"] != "single"]
+    pairs = with_partners(others, results, baseline="single")
+    return mean_and_half(differences(pairs, metric("average_accuracy")))
 
 
 def tables_text(results: list[Result]) -> str:

@@ -185,9 +185,14 @@ def _averages(members: list[Result]) -> dict[str, float]:
     row = {}
     for name in COLUMNS:
         values = [column_value(member, name) for member in members]
-        mean, half = (math.nan, None) if None in values else mean_interval(values)
-        row |= {name: mean, f"{name}_interval": math.nan if half is None else half}
+        row[name], row[f"{name}_interval"] = mean_and_half([] if None in values else values)
     return row
+
+
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """``metrics.mean_interval`` as frames hold it: NaN for what there are too few values for."""
+    mean, half = mean_interval(values) if values else (math.nan, None)
+    return mean, math.nan if half is None else half
 
 
 def column_value(result: Result, name: str) -> float | None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from bitstack_nb.eligible import eligible_parameters
 from bitstack_nb.plain_masks import PlainMasks
@@ -52,13 +53,15 @@ class Times:
         return statistics.median(own / other for own, other in pairs)
 
 
-def take_turns(works: Mapping[str, Work], *, rounds: int, device: torch.device) -> Times:
+def take_turns(
+    works: Mapping[str, Work], *, rounds: int, device: torch.device, progress: bool = False
+) -> Times:
     """Run all works ``rounds`` times in turn, after one round that is not counted.
 
     Every other round is run backwards, so that what grows with time favours none.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + 1):
+    for number in tqdm(range(rounds + 1), disable=not progress, unit="round"):
         order = list(works) if number % 2 else list(reversed(works))
         for name in order:
             with works[name].around():

@@ -1,4 +1,8 @@
-"""All costs of one machine: measured, kept as JSON, and shown beside what they may be."""
+"""The costs of a machine: measured, kept as JSON, and shown beside what they may be.
+
+Three parts, which ``python -m bitstack_nb cost`` measures and writes one by one: the costs
+themselves, how they grow, and what padding would cost.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,17 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
-from bitstack_nb import cost
+from bitstack_nb import cost, padding
 from bitstack_nb.files import replacing
 from bitstack_nb.plain_json import plain, render
+from bitstack_nb.protocol import Protocol
 from bitstack_nb.provenance import provenance
 from bitstack_nb.results import ResultError
 
@@ -33,27 +39,28 @@ LIMITS = {
     "training, memory": ("1 bit per eligible entry + 4 bytes per locked one + 32 MiB", 1.0),
     "recall switch": ("a forward pass", 0.5),
     "import": ("import torch", 1.2),
+    "benchmark": ("itself, every text padded to {max_length} tokens", 0.5),
 }
 
 
 @dataclass(kw_only=True)
 class CostReport:
-    """What one machine measured.
+    """What one machine measured, part by part.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        model: layers, width, parameters and eligible entries of the GPT-2 it was measured on.
+        model: layers, width, parameters and eligible entries of the GPT-2 of ``costs``.
         costs: by the names of LIMITS: ``value``, and for times ``plain`` (the plain
             implementation's ratio, if it has one) and ``seconds`` (per work, a number per round).
         growth: records with ``what``, ``parameters``, ``tasks`` and ``ratio``.
-        provenance: as in a ``Result``.
+        provenance: by part (``costs``, ``growth``, ``padding``), as in a ``Result``.
     """
 
     device: str
-    model: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     growth: list[dict[str, Any]] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON that can be read by eye; ``path`` is whole, or as it was before."""
@@ -73,36 +80,48 @@ class CostReport:
             raise ResultError(f"{path} is no cost report of this version: {error}") from error
 
 
+def load_or_new(path: str | os.PathLike[str], *, device: str) -> CostReport:
+    """The report at ``path``, to which parts are added, or an empty one."""
+    return CostReport.load(path) if Path(path).exists() else CostReport(device=device)
+
+
 def measure_costs(
+    report: CostReport,
     *,
     layers: int = 12,
     width: int = 768,
     tasks: int = 5,
     rounds: int = 7,
-    device: str = "cpu",
     progress: bool = False,
-) -> CostReport:
+) -> None:
     """Measure every cost on a GPT-2 of this size (the defaults are its 124 M parameters).
 
     Takes some minutes; nothing else should run on the machine meanwhile.
     """
+    origin, device = provenance(), report.device
     model = cost.gpt2(layers, width).to(device)
     entries = cost.BitStack(model, cost.SPARSITY).stats()["eligible"]
-    size = {"layers": layers, "width": width, "tasks": tasks, "rounds": rounds}
     parameters = sum(p.numel() for p in model.parameters())
     del model
-    report = CostReport(
-        device=device,
-        model=size | {"parameters": parameters, "eligible": entries},
-        provenance=provenance(),
-    )
     shape = {"layers": layers, "width": width}
     steps = _measurements(shape, entries, tasks=tasks, rounds=rounds, device=device)
-    with tqdm(steps, total=len(LIMITS), disable=not progress, unit="cost") as bar:
+    with tqdm(steps, total=len(LIMITS) - 1, disable=not progress, unit="cost") as bar:
         for name, value in bar:
             bar.set_description(name)
             report.costs[name] = value
-    return report
+    size = {"tasks": tasks, "rounds": rounds, "parameters": parameters, "eligible": entries}
+    report.model, report.provenance["costs"] = shape | size, origin
+
+
+def measure_padding(
+    report: CostReport, protocol: Protocol, *, rounds: int = 2, progress: bool = False
+) -> None:
+    """Measure what padding every text to the protocol's ``max_length`` would cost."""
+    origin = provenance()
+    device = torch.device(report.device)
+    times = padding.benchmark(protocol, rounds=rounds, device=device, progress=progress)
+    report.costs["benchmark"] = _timed(times) | {"protocol": protocol.to_dict()}
+    report.provenance["padding"] = origin
 
 
 def _measurements(
@@ -130,51 +149,52 @@ def _timed(times: cost.Times) -> dict[str, Any]:
 
 
 def measure_growth(
+    report: CostReport,
     sizes: Sequence[tuple[int, int]] = ((6, 320), (12, 512), (12, 768), (24, 1024)),
     tasks: Sequence[int] = (1, 2, 5, 10),
     *,
     rounds: int = 5,
-    device: str = "cpu",
     progress: bool = False,
-) -> list[dict[str, Any]]:
-    """The costs of a step, an update and a switch over sizes (layers, width) and over tasks.
+) -> None:
+    """Measure a step, an update and a switch over sizes (layers, width) and over tasks.
 
     Sizes at 5 tasks, and tasks at the first size.
     """
+    origin, records = provenance(), []
     shapes = [(size, 5) for size in sizes] + [(sizes[0], number) for number in tasks]
-    records = []
-    for (layers, width), number in tqdm(dict.fromkeys(shapes), disable=not progress, unit="model"):
+    for size, number in tqdm(dict.fromkeys(shapes), disable=not progress, unit="model"):
         works = {
-            "training step": lambda m, n=number: cost.training_step(m, tasks=n, rounds=rounds),
-            "update": lambda m: cost.update(m, n_batches=1, rounds=rounds),
+            "training step": partial(cost.training_step, tasks=number, rounds=rounds),
+            "update": partial(cost.update, n_batches=1, rounds=rounds),
         }
-        if number * cost.SPARSITY <= 1:
-            works["recall switch"] = lambda m, n=number: cost.recall_switch(
-                m, tasks=max(n, 2), rounds=rounds
-            )
+        # One task is never switched, and more than 1 / SPARSITY find no entries left.
+        if 1 < number <= 1 / cost.SPARSITY:
+            works["recall switch"] = partial(cost.recall_switch, tasks=number, rounds=rounds)
         for what, work in works.items():
-            model = cost.gpt2(layers, width).to(device)
+            model = cost.gpt2(*size).to(report.device)
             parameters = sum(p.numel() for p in model.parameters())
             ratio = work(model).ratio("ours")
             records.append(
                 {"what": what, "parameters": parameters, "tasks": number, "ratio": ratio}
             )
-    return records
+    report.growth, report.provenance["growth"] = records, origin
 
 
 def cost_table(report: CostReport) -> pd.DataFrame:
     """A row per cost: what it is compared with, the limit, what was measured, the plain way."""
     import pandas as pd
 
+    lengths = report.costs.get("benchmark", {}).get("protocol", {})
     rows = [
         {
             "cost": name,
-            "compared with": LIMITS[name][0],
-            "at most": LIMITS[name][1],
+            "compared with": compared.format(**lengths),
+            "at most": limit,
             "measured": found["value"],
             "plain implementation": found.get("plain"),
-            "within": found["value"] <= LIMITS[name][1],
+            "within": found["value"] <= limit,
         }
-        for name, found in report.costs.items()
+        for name, (compared, limit) in LIMITS.items()
+        if (found := report.costs.get(name))
     ]
     return pd.DataFrame(rows)

@@ -8,11 +8,15 @@ import sys
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 
 from bitstack_nb import BitStack, cost
+from bitstack_nb.__main__ import main
+from bitstack_nb.backbones import collate, encode, load_backbone
 from bitstack_nb.cost_plots import cost_growth
 from bitstack_nb.cost_report import LIMITS, CostReport, cost_table
 from bitstack_nb.eligible import eligible_parameters
+from bitstack_nb.padding import padded
 from bitstack_nb.plain_masks import PlainMasks
 from bitstack_nb.results import ResultError
 
@@ -76,6 +80,7 @@ def test_memory_is_measured_in_a_process_of_its_own():
 def report():
     costs = {name: {"value": limit / 2} for name, (_, limit) in LIMITS.items()}
     costs["update"] |= {"value": 2.0, "plain": 3.0, "seconds": {"base": [1.0], "ours": [2.0]}}
+    costs["benchmark"]["protocol"] = {"max_length": 256}
     growth = [
         {"what": "update", "parameters": parameters, "tasks": tasks, "ratio": 1.0}
         for parameters, tasks in ((10_000_000, 5), (20_000_000, 5), (10_000_000, 1))
@@ -96,6 +101,34 @@ def test_the_table_says_what_is_beyond_its_limit(report):
     assert list(table.index) == list(LIMITS)
     assert not table.loc["update", "within"]
     assert table["within"].sum() == len(LIMITS) - 1
+
+
+def test_a_part_is_measured_beside_those_that_are_there(report, tmp_path, capsys):
+    del report.costs["benchmark"]
+    report.save(tmp_path / "cpu.json")
+    tiny_run = ["--model=tiny-gpt2", "--data=embedded", "--train-size=16", "--test-size=8"]
+    options = ["--device", "cpu", "--output", str(tmp_path), "--rounds", "1", "--quiet"]
+    assert main(["cost", "padding", *tiny_run, *options]) == 0
+    now = CostReport.load(tmp_path / "cpu.json")
+    assert now.costs.pop("benchmark")["value"] > 0
+    assert (now.costs, now.growth) == (report.costs, report.growth)
+    printed = capsys.readouterr().out
+    assert "itself, every text padded to 256 tokens" in printed
+    assert "| –" in printed  # what the plain implementation does not have
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_padded_texts_are_longer_and_mean_the_same(name, folders):
+    backbone = load_backbone(str(folders[name]), max_length=16, seed=0)
+    texts = {"text": ["red sun", "blue moon and rain"], "label": [0, 1]}
+    rows, make_batch = encode(Dataset.from_dict(texts), backbone), collate(backbone)
+    wide = padded(rows, backbone)
+    assert wide["length"][:] == [16, 16]
+    assert make_batch(list(wide))["input_ids"].shape == (2, 16)
+    model = backbone.model.eval()
+    with torch.no_grad():
+        plain, same = (model(**make_batch(list(data))).logits for data in (rows, wide))
+    torch.testing.assert_close(same, plain)
 
 
 def test_growth_is_drawn_against_parameters_and_tasks(report):

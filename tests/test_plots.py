@@ -19,12 +19,13 @@ from safetensors import safe_open
 from toy_results import TASKS, published, run
 
 from bitstack_nb import BitStack
-from bitstack_nb.__main__ import RECORDED, main
+from bitstack_nb.__main__ import main
 from bitstack_nb.evidence_plots import accuracy_for_storage, drift_attribution, task_differences
 from bitstack_nb.figures import FILE_DPI
 from bitstack_nb.lock_plots import ablation, capacity, lock_heatmaps, mask_bytes
 from bitstack_nb.metrics import forgetting_per_task as points_lost
 from bitstack_nb.metrics import mean_interval
+from bitstack_nb.options import RECORDED
 from bitstack_nb.plot_style import DPI, Figure, png
 from bitstack_nb.plots import (
     accuracy_matrices,

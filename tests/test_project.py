@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from bitstack_nb import BitStack, Protocol
 from bitstack_nb.backbones import collate, encode, load_backbone
+from bitstack_nb.cost_report import CostReport, cost_table
 from bitstack_nb.reports import summary
 from bitstack_nb.results import load_results
 from bitstack_nb.tables import format_table
@@ -99,7 +100,11 @@ def readme_scope(folders, tmp_path) -> dict:
     }
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("results/*/*.json")), ids=lambda f: f.name)
+COSTS = sorted(ROOT.glob("results/cost/*.json"))
+RUNS = sorted(set(ROOT.glob("results/*/*.json")) - set(COSTS))
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda f: f.name)
 def test_recorded_results_say_what_was_run(file):
     (result,) = load_results(file)
     if "published" in result.provenance:
@@ -110,6 +115,16 @@ def test_recorded_results_say_what_was_run(file):
     assert "python -m bitstack_nb run" in result.provenance["command"]
     samples = [data["sample"] for data in result.provenance["data"].values()]
     assert all(len(digest) == 64 for sample in samples for digest in sample.values())
+
+
+@pytest.mark.parametrize("file", COSTS, ids=lambda f: f.name)
+def test_the_readme_shows_the_costs_as_they_were_recorded(file):
+    report = CostReport.load(file)
+    assert {*report.provenance} == {"costs", "growth", "padding"}
+    for origin in report.provenance.values():
+        assert origin["git"]["dirty"] is False
+        assert "python -m bitstack_nb cost" in origin["command"]
+    assert format_table(cost_table(report).round(3)) in README
 
 
 def test_the_readme_shows_the_comparison_as_it_was_recorded():

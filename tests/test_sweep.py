@@ -17,7 +17,8 @@ from filelock import FileLock
 from joblib import cpu_count
 
 from bitstack_nb import benchmark
-from bitstack_nb.__main__ import _arguments, _parser, main
+from bitstack_nb.__main__ import main
+from bitstack_nb.options import one_run, parser
 from bitstack_nb.protocol import Protocol
 from bitstack_nb.results import load_results
 from bitstack_nb.sweep import sweep
@@ -82,7 +83,7 @@ def test_what_is_missing_is_run_and_what_fails_is_named(one_by_one, tmp_path, ca
     (result,) = load_results(tmp_path / f"{good}.json")
     python, *arguments = shlex.split(result.provenance["command"])
     assert (python, *arguments[:3]) == ("python", "-m", "bitstack_nb", "run")
-    again = _parser().parse_args(arguments[2:])
+    again = parser().parse_args(arguments[2:])
     assert again.protocols(again) == [Protocol.from_dict(result.protocol)]
 
 
@@ -125,11 +126,11 @@ def test_the_recorded_command_repeats_its_run_only():
     options += ["--n-batches=2,3", "--strength=1e-05,7", "--rank=3", "--replay-size=1,2"]
     options += ["--learning-rate=2e-05", "--train-size=1.0", "--test-size=12", "--epochs=1.5"]
     options += ["--data=/some where", "--head-learning-rate=0.01", "--sampling=head"]
-    given = _parser().parse_args(["sweep", *options])
+    given = parser().parse_args(["sweep", *options])
     protocols = given.protocols(given)
     assert len({protocol.name for protocol in protocols}) == len(protocols) > 50
     for protocol in protocols:
-        again = _parser().parse_args(_arguments(protocol, given)[2:])
+        again = parser().parse_args(one_run(protocol, given)[2:])
         assert again.protocols(again) == [protocol]
 
 

@@ -133,6 +133,7 @@ class _Sequence:
             "stages_done": 0,
             "matrix": [[None] * len(self.tasks) for _ in self.tasks],
             "lock_stats": [],
+            "steps": [],
             "times": {"begin": [], "train": [], "update": [], "evaluate": []},
             "peak_memory": {},
             "drift": {},
@@ -169,7 +170,7 @@ class _Sequence:
         with self._timed("begin"):
             self.strategy.before_stage(number, self._loader(number, rows))
         with self._timed("train"):
-            train(
+            steps = train(
                 model,
                 mixed(rows),
                 self.collate,
@@ -178,6 +179,7 @@ class _Sequence:
                 device=self.device,
                 callbacks=[*self.strategy.callbacks(), ProgressBar(bar)],
             )
+        self.numbers["steps"].append(steps)
 
     def _lock(self, number: int, stage: list[int]) -> None:
         with self._timed("update"):
@@ -313,7 +315,8 @@ class _Sequence:
             self.heads.load_state_dict(load_file(folder / "heads.safetensors"))
             # First the strategy, because recall takes the model at its base.
             self.strategy.load(folder)
-            self.numbers = numbers
+            # A run that an earlier version began has not counted its steps.
+            self.numbers = {"steps": [None] * numbers["stages_done"], **numbers}
             self._use_last_head()
             self.model.load_state_dict(load_file(folder / "model.safetensors"))
             # A run that an earlier version began has none, and ends without its drift.
@@ -329,6 +332,11 @@ class _Sequence:
         last = self.stages[self.numbers["stages_done"] - 1][-1]
         self.heads.use(self.protocol.tasks[last].name)
 
+    def _step_times(self) -> list[float | None]:
+        """Mean seconds of a training step, for each stage."""
+        stages = zip(self.numbers["times"]["train"], self.numbers["steps"], strict=True)
+        return [steps and seconds / steps for seconds, steps in stages]
+
     def _result(self) -> Result:
         times = self.numbers["times"]
         return Result(
@@ -338,7 +346,11 @@ class _Sequence:
             locks=self.strategy.layer_records(),
             lock_stats=self.numbers["lock_stats"],
             importance=self.strategy.importance_record(),
-            times={**times, "total": sum(sum(parts) for parts in times.values())},
+            times={
+                **times,
+                "step": self._step_times(),
+                "total": sum(sum(parts) for parts in times.values()),
+            },
             peak_memory=self.numbers["peak_memory"],
             provenance=self.numbers["origin"],
             drift=self.numbers.get("drift", {}),

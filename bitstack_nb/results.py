@@ -28,10 +28,11 @@ class Result:
     names the source of numbers that were not measured here. metrics: name -> value or None.
     locks: the records of the last ``BitStack.layer_table()``. lock_stats: ``BitStack.stats()``
     after each task. importance: what other sparsities would have locked, the record of a
-    ``LockCurves``. times: seconds. peak_memory: MiB. storage: ``bytes`` to keep beside one backbone
-    and the heads, to predict every task and to go on to another. drift: by group of weights, task
-    1's accuracy at the end with that group as task 1 left it (``drift.attribute``). Raises
-    ResultError, and TypeError for values that JSON cannot hold.
+    ``LockCurves``. times: seconds, by stage; ``step`` is the mean of its training steps.
+    peak_memory: MiB. storage: ``bytes`` to keep beside one backbone and the heads, to predict every
+    task and to go on to another. drift: by group of weights, task 1's accuracy at the end with that
+    group as task 1 left it (``drift.attribute``). Raises ResultError, and TypeError for values that
+    JSON cannot hold.
     """
 
     protocol: dict[str, Any]

@@ -25,6 +25,7 @@ COLUMNS = {
     "locked_of_eligible": "locked % of eligible",
     "locked_of_all": "locked % of all",
     "storage_per_task": "kB per task",
+    "time_per_step": "ms per step",
 }
 
 
@@ -66,8 +67,8 @@ def table(results: Iterable[Result]) -> pd.DataFrame:
 
     Columns: what ``configurations`` shows; ``seeds`` (how many); then each of COLUMNS and, as
     ``<column>_interval``, the half width of its 95 % Student interval, NaN for one seed. A mean is
-    NaN where a seed lacks it; storage is left out where no run has recorded any. Raises ResultError
-    as ``configurations`` does.
+    NaN where a seed lacks it; storage and time are left out where no run has recorded them. Raises
+    ResultError as ``configurations`` does.
     """
     import pandas as pd
 
@@ -75,8 +76,8 @@ def table(results: Iterable[Result]) -> pd.DataFrame:
         item.shown | {"seeds": len(item.results)} | _averages(item.results)
         for item in configurations(results)
     )
-    unknown = frame["storage_per_task"].isna().all()
-    return frame.drop(columns=list(frame.filter(like="storage_per_task"))) if unknown else frame
+    unknown = [n for n in ("storage_per_task", "time_per_step") if frame[n].isna().all()]
+    return frame.drop(columns=[f"{name}{end}" for name in unknown for end in ("", "_interval")])
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
@@ -203,6 +204,9 @@ def column_value(result: Result, name: str) -> float | None:
     if name == "storage_per_task":
         stored = result.storage.get("bytes")
         return None if stored is None else stored / 1000 / len(result.protocol["tasks"])
+    if name == "time_per_step":
+        steps = result.times.get("step")
+        return None if not steps or None in steps else 1000 * sum(steps) / len(steps)
     return result.metrics.get(name)
 
 

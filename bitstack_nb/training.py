@@ -84,8 +84,8 @@ def train(
     seed: int,
     device: torch.device,
     callbacks: Sequence[TrainerCallback] = (),
-) -> None:
-    """Train in place. Batches are grouped by length; GPUs get bf16 or fp16 autocast.
+) -> int:
+    """Train in place and return how many steps. Batches are grouped by length; GPUs get autocast.
 
     Several ranks share each batch; the weights are equal on all of them afterwards.
     """
@@ -93,7 +93,7 @@ def train(
         trainer.train_dataset = data
         if protocol.head_learning_rate is not None:
             _set_head_rate(trainer, protocol.head_learning_rate)
-        trainer.train()
+        return trainer.train().global_step
 
 
 def _set_head_rate(trainer: Trainer, rate: float) -> None:

@@ -1,6 +1,7 @@
 """The task sequence end to end on the embedded tasks: matrix, locks, resuming, provenance."""
 
 import json
+import math
 import random
 import shutil
 from dataclasses import replace
@@ -83,6 +84,14 @@ def test_a_mixed_batch_is_scored_by_each_rows_own_head():
     assert {id(p) for h in heads.modules().values() for p in h.parameters()} < {
         id(p) for p in joint.parameters()
     }
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_time_of_a_step_is_that_of_training_over_its_steps(results, strategy):
+    times = results[strategy].times
+    sizes = {"joint": [3 * 64], "replay": [64, 74, 84]}.get(strategy, [64, 64, 64])
+    for train, step, size in zip(times["train"], times["step"], sizes, strict=True):
+        assert train / step == pytest.approx(math.ceil(size / SMALL.batch_size))
 
 
 def test_locks_follow_the_budget(results):

@@ -259,6 +259,14 @@ def test_storage_is_shown_where_a_run_has_recorded_it():
     assert "kB per task" in format_table(table([stored]))
 
 
+def test_time_per_step_is_shown_where_a_run_has_counted_its_steps():
+    timed = make("lora", budget=None)
+    timed.times = {"train": [1.0, 3.0], "step": [0.1, 0.3]}
+    assert table([timed])["time_per_step"].item() == pytest.approx(200)  # ms
+    timed.times["step"][0] = None  # begun by a version that did not count
+    assert "time_per_step" not in table([make(), timed])
+
+
 def test_a_table_needs_results():
     with pytest.raises(ResultError, match="at least one"):
         table([])

@@ -132,7 +132,12 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
         kind, text = _SETTINGS[name]
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
-    add("--output", type=Path, default=Path("results/cost"), help="results/cost if not given")
+    add(
+        "--output",
+        type=Path,
+        default=Path("results/cost-here"),
+        help="results/cost-here if not given",
+    )
     add("--quiet", action="store_true", help="no progress bar")
     add("--verbose", action="store_true", help="log what happens")
     parser.set_defaults(command="cost")

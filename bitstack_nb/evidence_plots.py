@@ -15,6 +15,7 @@ from bitstack_nb.metrics import mean_interval
 from bitstack_nb.pairs import all_tasks, final_accuracy, metric
 from bitstack_nb.plot_style import (
     GREY,
+    MARKERS,
     Figure,
     Group,
     counted,
@@ -57,14 +58,15 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
     figure = Figure(4.4 + 0.15 * len(groups))
     ax = figure.subplots()
     places = []
-    for group in groups:
+    for number, group in enumerate(groups):
         stored = np.mean(numbers(group.results, metric("storage_per_task")))
         accuracy, half = mean_interval(numbers(group.results, metric("average_accuracy")))
         ax.errorbar(
             [stored],
             [accuracy],
             yerr=None if half is None else [half],
-            fmt=group.marker,
+            # Sparsities of one strategy have its colour.
+            fmt=MARKERS[[g.colour for g in groups[:number]].count(group.colour) % len(MARKERS)],
             color=group.colour,
             markersize=8,
             capsize=4,

@@ -28,7 +28,7 @@ GREY = "0.35"
 # Equal steps of lightness, so that it reads in grey and with any colour vision.
 SHARES = sns.color_palette("YlGnBu", as_cmap=True)
 COLOURS = sns.color_palette("colorblind")
-_MARKERS = "os^"  # the next one where the colours begin again
+MARKERS = "os^"  # the next one where the colours begin again
 _STYLE = {
     **sns.axes_style("whitegrid"),
     "font.family": ["DejaVu Sans"],  # comes with matplotlib, so it is everywhere
@@ -157,7 +157,7 @@ def grouped(results: Iterable[Result]) -> list[Group]:
         for label, item in zip(names([i.shown for i in items]), items, strict=True):
             method = (item.shown["strategy"], item.shown["budget"])
             further, at = divmod(len(marks), len(COLOURS))
-            mark = marks.setdefault(method, (COLOURS[at], _MARKERS[further % len(_MARKERS)]))
+            mark = marks.setdefault(method, (COLOURS[at], MARKERS[further % len(MARKERS)]))
             mark = (GREY, "D") if published else mark
             model = f" ({item.results[0].protocol.get('model')})" if published else ""
             groups.append(Group(label + model, *mark, item.shown, item.results))
@@ -168,14 +168,15 @@ def names(settings: list[dict[str, Any]]) -> list[str]:
     """What tells configurations apart: the strategy on a line, further settings below it.
 
     Sparsities and data are named where they differ at all; other settings, such as the learning
-    rate that was tuned for a strategy, where they differ within one strategy and budget.
+    rate that was tuned for a strategy, where nothing else tells two configurations apart.
     """
     return [_name(entries, _told_apart(entries, settings)) for entries in settings]
 
 
 def _told_apart(entries: dict[str, Any], settings: list[dict[str, Any]]) -> set[str]:
     """The settings that a configuration's label has to name."""
-    alike = [o for o in settings if all(o[n] == entries[n] for n in ("strategy", "budget"))]
+    named = ("strategy", "budget", "sparsity", "data")
+    alike = [o for o in settings if all(o.get(n) == entries.get(n) for n in named)]
     widely = {n for n in ("sparsity", "data") if len({o.get(n) for o in settings} - {None}) > 1}
     return widely | {n for n in entries if len({o.get(n) for o in alike}) > 1}
 

@@ -36,7 +36,9 @@ def texts(cell) -> str:
 
 
 def test_they_are_there_in_reading_order():
-    assert [file.stem.partition("_")[0] for file in FILES] == [f"{n:02}" for n in range(1, 7)]
+    numbers = [file.stem.partition("_")[0] for file in FILES]
+    assert numbers == [f"{number:02}" for number in range(1, len(FILES) + 1)]
+    assert len(FILES) >= 5
 
 
 @each_notebook

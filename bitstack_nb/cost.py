@@ -54,14 +54,19 @@ class Times:
 
 
 def take_turns(
-    works: Mapping[str, Work], *, rounds: int, device: torch.device, progress: bool = False
+    works: Mapping[str, Work],
+    *,
+    rounds: int,
+    device: torch.device,
+    uncounted: int = 1,
+    progress: bool = False,
 ) -> Times:
-    """Run all works ``rounds`` times in turn, after one round that is not counted.
+    """Run all works ``rounds`` times in turn, after some rounds that are not counted.
 
     Every other round is run backwards, so that what grows with time favours none.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for number in tqdm(range(rounds + 1), disable=not progress, unit="round"):
+    for number in tqdm(range(uncounted + rounds), disable=not progress, unit="round"):
         order = list(works) if number % 2 else list(reversed(works))
         for name in order:
             with works[name].around():
@@ -70,7 +75,7 @@ def take_turns(
                 works[name].run()
                 _wait(device)
                 took = time.perf_counter() - start
-            if number:
+            if number >= uncounted:
                 seconds[name].append(took)
     return Times(seconds)
 

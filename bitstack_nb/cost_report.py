@@ -114,7 +114,7 @@ def measure_costs(
 
 
 def measure_padding(
-    report: CostReport, protocol: Protocol, *, rounds: int = 2, progress: bool = False
+    report: CostReport, protocol: Protocol, *, rounds: int = 1, progress: bool = False
 ) -> None:
     """Measure what padding every text to the protocol's ``max_length`` would cost."""
     origin = provenance()

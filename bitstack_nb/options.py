@@ -127,8 +127,8 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
     parts = "costs if not given; growth: over sizes and tasks; padding: of the benchmark's texts"
     add("part", choices=PARTS, nargs="?", default="costs", help=parts)
     add("--rounds", type=int, metavar="N", help="how often works take turns")
-    group = parser.add_argument_group("padding", "what is not given is as in the preset quick")
-    for name in ("model", "data", "train_size", "test_size"):
+    group = parser.add_argument_group("padding", "what is not given is as in the preset published")
+    for name in _PADDED:
         kind, text = _SETTINGS[name]
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
@@ -144,10 +144,9 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
 
 
 def padded_protocol(options: argparse.Namespace) -> Protocol:
-    """The preset ``quick`` at 256 tokens, as published, with what ``cost padding`` was given."""
-    names = ("model", "data", "train_size", "test_size")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return replace(PRESETS["quick"], max_length=PRESETS["published"].max_length, **given)
+    """The preset ``published``, whose texts are long, with what ``cost padding`` was given."""
+    given = {name: value for name in _PADDED if (value := getattr(options, name)) is not None}
+    return replace(PRESETS["published"], **given)
 
 
 def _add_sweep(commands: argparse._SubParsersAction) -> None:
@@ -249,6 +248,8 @@ _CHOICES = {
     "rank": (int, Protocol.rank, "of the adapters of lora"),
     "replay_size": (int, Protocol.replay_size, "examples that replay keeps of a task"),
 }
+# Those that `cost padding` takes.
+_PADDED = ("model", "data", "train_size", "test_size", "epochs")
 _SETTINGS = {
     "model": (str, "Hub name or folder of a sequence classifier; tiny-gpt2 is made on the spot"),
     "data": (str, "embedded (synthetic), hub, or a folder with <dataset>/train.parquet"),

@@ -107,6 +107,7 @@ def test_a_part_is_measured_beside_those_that_are_there(report, tmp_path, capsys
     del report.costs["benchmark"]
     report.save(tmp_path / "cpu.json")
     tiny_run = ["--model=tiny-gpt2", "--data=embedded", "--train-size=16", "--test-size=8"]
+    tiny_run += ["--epochs=1"]
     options = ["--device", "cpu", "--output", str(tmp_path), "--rounds", "1", "--quiet"]
     assert main(["cost", "padding", *tiny_run, *options]) == 0
     now = CostReport.load(tmp_path / "cpu.json")

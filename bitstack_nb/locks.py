@@ -105,12 +105,12 @@ class Locks:
 
     def movable_part(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of a parameter, zero where it is locked."""
-        # Not a product with the mask: inf * 0 is NaN.
-        if gradient.device.type != "cpu":
+        # Not a product of numbers: inf * 0 is NaN.
+        if gradient.device.type != "cpu" or gradient.requires_grad:
             return gradient.masked_fill(self.mask(name), 0)
-        part = gradient.clone()  # by position: twice as fast there
-        bits.put(part, self._positions(name), 0)
-        return part
+        # A product of bit patterns is exact, and there three times as fast.
+        free = bits.unpack(~self._followed(name), gradient.shape)
+        return (bit_pattern(gradient) * free).view(gradient.dtype)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -190,6 +190,17 @@ class Gradients(LockedCase):
         for name in stack.handles:
             self.assertEqual(stack.hook_calls[name] - calls.get(name, 0), 6)
 
+    def test_gradients_of_gradients(self):
+        """A penalty on gradients is differentiated through what is free."""
+        model, _, stack = self.locked_model()
+        weights = [model.get_parameter(name) for name in stack.handles]
+        loss = model(**tiny.batches(1, seed=1)[0]).loss
+        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+        for name, gradient in zip(stack.handles, gradients, strict=True):
+            self.assertFalse(gradient[stack.masks[name]].any())
+        penalty = sum(gradient.square().sum() for gradient in gradients)
+        self.assertTrue(any(g.any() for g in torch.autograd.grad(penalty, weights)))
+
     def test_infinite_and_nan_gradients(self):
         for value in (float("inf"), -float("inf"), float("nan")):
             for clipped in (False, True):

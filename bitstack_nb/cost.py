@@ -108,13 +108,12 @@ def random_batch(model: nn.Module, *, seed: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids.to(model.device), "labels": labels.to(model.device)}
 
 
-def training_step(model: nn.Module, *, tasks: int = 5, rounds: int = 7) -> Times:
+def training_step(
+    model: nn.Module, *, tasks: int = 5, rounds: int = 21, plainly: bool = True
+) -> Times:
     """A step of AdamW with ``tasks`` tasks locked (``ours``, ``plain``) and without (``base``)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     stack = locked_stack(model, tasks=tasks)
-    plain = PlainMasks(model, eligible_parameters(model, None), sparsity=SPARSITY)
-    plain.masks = dict(stack.masks)
-    plain.saved = {n: p.detach().clone() for n, p in plain.parameters.items()}
     batch = random_batch(model.train(), seed=100)
 
     def step() -> None:
@@ -125,8 +124,12 @@ def training_step(model: nn.Module, *, tasks: int = 5, rounds: int = 7) -> Times
     works = {
         "base": Work(step),
         "ours": Work(step, lambda: _attached(stack, optimizer)),
-        "plain": Work(step, lambda: _attached(plain, optimizer)),
     }
+    if plainly:
+        plain = PlainMasks(model, eligible_parameters(model, None), sparsity=SPARSITY)
+        plain.masks = dict(stack.masks)
+        plain.saved = {n: p.detach().clone() for n, p in plain.parameters.items()}
+        works["plain"] = Work(step, lambda: _attached(plain, optimizer))
     return take_turns(works, rounds=rounds, device=model.device)
 
 
@@ -145,7 +148,7 @@ def locked_stack(model: nn.Module, *, tasks: int) -> BitStack:
     return stack
 
 
-def update(model: nn.Module, *, n_batches: int = 4, rounds: int = 5) -> Times:
+def update(model: nn.Module, *, n_batches: int = 4, rounds: int = 7, plainly: bool = True) -> Times:
     """``update`` on some batches, and ``base``: forward and backward of the same batches."""
     batches = [random_batch(model, seed=seed) for seed in range(n_batches)]
     model.eval()
@@ -162,7 +165,9 @@ def update(model: nn.Module, *, n_batches: int = 4, rounds: int = 5) -> Times:
     def plain() -> None:
         PlainMasks(model, eligible_parameters(model, None), sparsity=SPARSITY).update(batches)
 
-    works = {"base": Work(passes), "ours": Work(ours), "plain": Work(plain)}
+    works = {"base": Work(passes), "ours": Work(ours)}
+    if plainly:
+        works["plain"] = Work(plain)
     return take_turns(works, rounds=rounds, device=model.device)
 
 

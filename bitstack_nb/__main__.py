@@ -129,4 +129,8 @@ _COMMANDS = {"run": _train, "sweep": _sweep, "figures": _figures, "cost": _cost}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    finally:
+        ranks.leave()
+    sys.exit(status)

@@ -48,6 +48,15 @@ def rank() -> int:
     return dist.get_rank() if _connected() else _launched("RANK", 0)
 
 
+def leave() -> None:
+    """End the connection to the other ranks, if there is one: the last thing a process does.
+
+    The threads of a connection that is still open can abort the interpreter while it shuts down.
+    """
+    if _connected():
+        dist.destroy_process_group()
+
+
 def _connected() -> bool:
     return dist.is_available() and dist.is_initialized()
 

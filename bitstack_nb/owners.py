@@ -211,10 +211,15 @@ class Owners:
         """Put everything back to the model of the task shown, but for the open task's entries."""
         for name, tensor in self._followed():
             own = self._own(name, tensor)
-            if self._base is not None:
-                tensor.copy_(self._base[name])
-            if own is not None:
-                bits.put(tensor, *own)
+            try:
+                if self._base is not None:
+                    tensor.copy_(self._base[name])
+                if own is not None:
+                    bits.put(tensor, *own)
+            except BaseException:  # an interrupt: nothing else has the open task's values
+                if own is not None:
+                    bits.put(tensor, *own)
+                raise
 
     @torch.no_grad()
     def moved(self) -> dict[str, int]:

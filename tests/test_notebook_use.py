@@ -212,6 +212,17 @@ class InterruptedRecall(RecallCase):
                 step()
         self.close()
 
+    def test_in_restore(self):
+        """The open task keeps what it has learnt: nothing else has it."""
+        self.open()
+        present = backbone(self.model)
+        for moment in self.moments(self.stack.restore, 60):
+            with self.subTest(moment):
+                with interrupted(moment):
+                    self.stack.restore()
+                self.assert_bits(self.model, present)
+        self.close()
+
 
 class Reruns(LockedCase, FileCase):
     """Cells run twice or out of order, and what they leave behind."""

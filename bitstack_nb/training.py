@@ -154,6 +154,8 @@ def _trainer(
             dataloader_pin_memory=device.type == "cuda",
             # Else ranks draw each epoch's order from global generators, which dropout sets apart.
             accelerator_config={"use_seedable_sampler": False},
+            # Else the loss is multiplied by the number of ranks, for classifiers too, and clipped.
+            average_tokens_across_devices=False,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",

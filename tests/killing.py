@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from bitstack_nb import Protocol, Result, run
-from bitstack_nb.benchmark import _Sequence
 from bitstack_nb.inputs import load_inputs
+from bitstack_nb.sequence import TaskSequence
 
 # For models this small a second thread only waits, for minutes on a machine that is busy.
 torch.set_num_threads(1)
@@ -37,10 +37,10 @@ PROTOCOLS = [
 ]
 # What a life can die in, and how often it does, for each strategy.
 PHASES = {
-    "training": (_Sequence._train, 3),
-    "locking": (_Sequence._lock, 1),
-    "evaluation": (_Sequence._evaluate, 2),
-    "saving": (_Sequence._checkpoint, 3),
+    "training": (TaskSequence._train, 3),
+    "locking": (TaskSequence._lock, 1),
+    "evaluation": (TaskSequence._evaluate, 2),
+    "saving": (TaskSequence._checkpoint, 3),
     "saving the result": (Result.save, 1),
 }
 

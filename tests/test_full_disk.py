@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from killing import PROTOCOLS
 
-from bitstack_nb import benchmark, run, training
+from bitstack_nb import run, sequence, training
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_a_full_disk_loses_nothing(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     earlier = tmp_path / "earlier.json"
     unbroken.save(earlier)
-    whole, real, calls = earlier.read_bytes(), getattr(benchmark, full_in), []
+    whole, real, calls = earlier.read_bytes(), getattr(sequence, full_in), []
 
     def filling(*args, **kwargs):
         calls.append(args)
@@ -39,7 +39,7 @@ def test_a_full_disk_loses_nothing(
 
     try:
         with monkeypatch.context() as patch, pytest.raises(OSError, match=message):
-            patch.setattr(benchmark, full_in, filling)
+            patch.setattr(sequence, full_in, filling)
             run(PROTOCOLS[0], output=tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -51,7 +51,7 @@ def test_a_full_disk_loses_nothing(
         calls.append(args)
         return training.train(*args, **kwargs)
 
-    monkeypatch.setattr(benchmark, "train", counting)
+    monkeypatch.setattr(sequence, "train", counting)
     resumed = run(PROTOCOLS[0], output=tmp_path)
     assert (resumed.matrix, resumed.locks) == (unbroken.matrix, unbroken.locks)
     assert len(calls) == trained_again
@@ -59,7 +59,7 @@ def test_a_full_disk_loses_nothing(
 
 @pytest.mark.parametrize("where", ["a file", "read-only", "/proc"])
 def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path, monkeypatch, where):
-    monkeypatch.setattr(benchmark, "train", lambda *args, **kwargs: pytest.fail("too late"))
+    monkeypatch.setattr(sequence, "train", lambda *args, **kwargs: pytest.fail("too late"))
     folder = Path(where) if where == "/proc" else tmp_path / "out"  # not even root writes there
     if where == "a file":
         folder.write_text("mine")

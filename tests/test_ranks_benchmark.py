@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from processes import in_processes
+from transformers import TrainerCallback
 
-from bitstack_nb import Protocol, benchmark, load_results, run, training
+from bitstack_nb import Protocol, load_results, run, sequence, training
 
 SMALL = Protocol(
     tasks=("imdb", "ag_news"), train_size=32, test_size=28, max_length=16, epochs=1, batch_size=8
@@ -63,6 +64,7 @@ def benchmarked(folder) -> dict:
     (folder / "file").touch()
     found["unwritable"] = error_of(replace(SMALL, tasks=("imdb",)), folder / "file")
     found["rows"] = rows_of_two_epochs()
+    found["gradient"] = gradient_of_a_step()
     return found
 
 
@@ -78,7 +80,7 @@ def resumed(folder):
             raise Killed
         return training.train(*args, seed=seed, **kwargs)
 
-    with patch.object(benchmark, "train", dying), pytest.raises(Killed):
+    with patch.object(sequence, "train", dying), pytest.raises(Killed):
         run(BITSTACK, output=folder)
     return run(BITSTACK, output=folder)
 
@@ -108,6 +110,34 @@ def rows_of_two_epochs() -> list[int]:
     return seen
 
 
+class GradientNorm(TrainerCallback):
+    """The norm of the gradient that the optimizer sees, after clipping."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        squares = [p.grad.square().sum() for p in model.parameters() if p.grad is not None]
+        self.norm = float(sum(squares)) ** 0.5
+
+
+def gradient_of_a_step() -> float:
+    """The norm in a step on eight rows, by however many ranks; less than what clipping is from."""
+    ids = torch.randint(1, 12, (8, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = {"input_ids": ids, "length": [6] * 8, "labels": [0, 1] * 4}
+    data = Dataset.from_dict(rows)
+
+    def collate(rows):
+        batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
+        return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+
+    model, seen = tiny.gpt2().requires_grad_(False), GradientNorm()
+    model.transformer.h[0].attn.c_proj.weight.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    how = {"protocol": SMALL, "seed": 0, "device": torch.device("cpu")}
+    training.train(model, data, collate, callbacks=[seen], **how)
+    return seen.norm
+
+
 @pytest.mark.parametrize("run_of", ["bitstack", "joint", "recall", "resumed", "half"])
 def test_every_rank_ends_with_the_same(ranks, run_of):
     one, other = (rank[run_of] for rank in ranks)
@@ -130,6 +160,13 @@ def test_every_row_once_an_epoch(ranks):
     for start in (0, 32):
         epoch = [row for rank in ranks for row in rank["rows"][start : start + 32]]
         assert sorted(epoch) == list(range(64))
+
+
+def test_two_ranks_step_by_the_gradient_of_one(ranks):
+    """Before, the Trainer multiplied the loss by the number of ranks, and clipped that."""
+    alone = gradient_of_a_step()
+    assert 0 < alone < 0.5
+    assert [rank["gradient"] for rank in ranks] == pytest.approx([alone, alone], rel=1e-4)
 
 
 def test_what_cannot_be_shared_is_said_on_every_rank(ranks):

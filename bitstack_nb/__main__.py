@@ -13,7 +13,7 @@ import torch
 
 from bitstack_nb import cost_report, ranks
 from bitstack_nb.benchmark import run
-from bitstack_nb.options import RECORDED, one_run, padded_protocol, parser
+from bitstack_nb.options import RECORDED, RECORDED_COSTS, one_run, padded_protocol, parser
 from bitstack_nb.protocol import Protocol
 from bitstack_nb.results import Result, load_results
 from bitstack_nb.sweep import sweep
@@ -81,7 +81,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from bitstack_nb.figures import write_figures  # loads matplotlib
+    from bitstack_nb.figures import write_cost_figures, write_figures  # loads matplotlib
 
     together = {options.output: options.results}
     apart = {options.output / folder.name: [folder] for folder in RECORDED}
@@ -91,6 +91,10 @@ def _figures(options: argparse.Namespace) -> None:
             print(file)
         for name, why in left_out.items():
             print(f"no {name}: {why}")
+    for recorded in [] if options.results else sorted(RECORDED_COSTS.glob("*.json")):
+        report = cost_report.CostReport.load(recorded)
+        for file in write_cost_figures(report, options.output / f"cost-{recorded.stem}"):
+            print(file)
 
 
 def _cost(options: argparse.Namespace) -> None:

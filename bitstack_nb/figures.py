@@ -1,18 +1,21 @@
-"""All figures and tables of some results: what ``python -m bitstack_nb figures`` writes."""
+"""All figures and tables of what is recorded, as ``python -m bitstack_nb figures`` writes them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 from bitstack_nb import evidence_plots, lock_plots, mask_plots, plots
+from bitstack_nb.cost_plots import cost_growth
+from bitstack_nb.cost_report import CostReport, cost_table
 from bitstack_nb.files import replacing
 from bitstack_nb.plot_style import Figure, grouped, png
 from bitstack_nb.protocol import Protocol
 from bitstack_nb.reports import tables_text
 from bitstack_nb.results import Result, ResultError
+from bitstack_nb.tables import format_table
 
 FILE_DPI = 130
 
@@ -41,8 +44,19 @@ def write_figures(
             left_out[name] = str(error)
     if not contents:
         raise ResultError("; ".join(f"no figure {name}: {why}" for name, why in left_out.items()))
-    files = []
     contents["tables.md"] = tables_text(results).encode()
+    return _written(contents, folder), left_out
+
+
+def write_cost_figures(report: CostReport, folder: str | os.PathLike[str]) -> list[Path]:
+    """Write how costs grow, and their table, to ``folder``; errors as those of write_figures."""
+    table = f"{format_table(cost_table(report).round(3))}\n"
+    growth = png(cost_growth(report), dpi=FILE_DPI)
+    return _written({"cost_growth.png": growth, "tables.md": table.encode()}, folder)
+
+
+def _written(contents: Mapping[str, bytes], folder: str | os.PathLike[str]) -> list[Path]:
+    files = []
     for name, content in contents.items():
         files.append(Path(folder) / name)
         try:
@@ -52,7 +66,7 @@ def write_figures(
             raise OSError(
                 error.errno, f"cannot write the file ({error.strerror})", str(files[-1])
             ) from error
-    return files, left_out
+    return files
 
 
 def _figures(results: list[Result]) -> Iterator[tuple[str, Callable[[], Figure]]]:

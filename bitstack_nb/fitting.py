@@ -12,7 +12,11 @@ import torch
 from torch import nn
 
 from bitstack_nb import ranks
-from bitstack_nb.importance import batch_loss, undisturbed
+from bitstack_nb.importance import batch_loss, check_seen, undisturbed
+from bitstack_nb.rng import undisturbed_rng
+
+HEAD_STEPS = 32
+HEAD_LEARNING_RATE = 5e-3
 
 
 def check_fitting(steps: int, learning_rate: float) -> None:
@@ -57,6 +61,16 @@ def fit_heads(
     finally:
         for head, gradient in zip(heads, found, strict=True):
             head.grad = gradient
+
+
+def drawn(
+    loader: Iterable[Mapping[str, Any]], count: int, device: torch.device
+) -> list[Mapping[str, Any]]:
+    """A loader's first batches, at least one, the RNG state left as found."""
+    with undisturbed_rng(device):
+        batches = list(islice(loader, count))
+    check_seen(len(batches))
+    return batches
 
 
 @contextmanager

@@ -30,6 +30,7 @@ RECORDED = tuple(
     Path("results") / f"minilm-l6{name}"
     for name in ("", "-ablation", "-stronger", "-evidence", "-same-rate")
 )
+RECORDED_COSTS = Path("results") / "cost"  # a file per device
 
 # From options to protocols ----------------------------------------------------------------------
 
@@ -169,7 +170,10 @@ def _add_figures(commands: argparse._SubParsersAction) -> None:
     what = "draw recorded results as PNG files, and write their tables"
     parser = commands.add_parser("figures", help=what, description=what)
     add = parser.add_argument
-    recorded = f"each of {', '.join(map(str, RECORDED))} to a folder of its own if not given"
+    recorded = (
+        f"each of {', '.join(map(str, RECORDED))}, and the costs in {RECORDED_COSTS}, to a folder "
+        "of its own if not given"
+    )
     add("results", nargs="*", type=Path, metavar="RESULTS", help=f"drawn together; {recorded}")
     add("--output", type=Path, default=Path("results/figures"), help="results/figures if not given")
     add("--verbose", action="store_true", help="log what happens")
@@ -247,6 +251,7 @@ _CHOICES = {
     "strength": (float, Protocol.strength, "of the penalty of ewc"),
     "rank": (int, Protocol.rank, "of the adapters of lora"),
     "replay_size": (int, Protocol.replay_size, "examples that replay keeps of a task"),
+    "head_steps": (int, Protocol.head_steps, "steps of lora and single on a new head alone"),
 }
 # Those that `cost padding` takes.
 _PADDED = ("model", "data", "train_size", "test_size", "epochs")

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ OWN_SETTINGS = {
     "recall": ("sparsity", "n_batches", "importance"),
     "ewc": ("strength", "n_batches"),
     "replay": ("replay_size",),
-    "lora": ("rank",),
+    "lora": ("rank", "head_steps"),
+    "single": ("head_steps",),
 }
 _POSITIVE = (
     "epochs",
@@ -60,6 +61,7 @@ _REAL = (
     "head_learning_rate",
     "weight_decay",
 )
+_WHOLE = {"n_batches": 1, "rank": 1, "replay_size": 1, "warmup_steps": 0, "head_steps": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,8 @@ class Protocol:
         head_learning_rate: of the heads, if it is another than the backbone's.
         strength: of the penalty of ``ewc``.
         rank: of the adapters of ``lora``.
+        head_steps: steps of ``lora`` and ``single`` on a new task's head alone, before the others:
+            what ``recall`` takes 32 of, and they none.
         replay_size: examples of each earlier task that ``replay`` trains on again.
         sampling: ``stratified`` (drawn) or ``head`` (the published slices).
         evaluate_on: ``test``, or ``heldout`` training data, for choosing settings.
@@ -113,9 +117,10 @@ class Protocol:
     evaluate_on: str = "test"
     importance: str | None = None
     head_learning_rate: float | None = None
-    strength: float | None = 1000
+    strength: float | None = 1e6
     rank: int | None = 8
     replay_size: int | None = 100
+    head_steps: int | None = None
 
     def __post_init__(self) -> None:
         tasks = tuple(find_task(t) if isinstance(t, str) else t for t in self.tasks)
@@ -141,6 +146,8 @@ class Protocol:
                 f"tiny-gpt2 knows the embedded tasks' words only, but data is {self.data!r}: name "
                 "a pretrained model, such as --model sentence-transformers/all-MiniLM-L6-v2"
             )
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay!r}, expected a number from 0 on")
         self._check_own_settings()
         own = OWN_SETTINGS.get(self.strategy, ())
         for name in {n for names in OWN_SETTINGS.values() for n in names}.difference(own):
@@ -149,6 +156,8 @@ class Protocol:
             object.__setattr__(self, "importance", None)
         if self.head_learning_rate == self.learning_rate:
             object.__setattr__(self, "head_learning_rate", None)
+        if self.head_steps == 0:
+            object.__setattr__(self, "head_steps", None)
         for name in _REAL:
             # 1 and 1.0 are one protocol. Not so for sizes: 1.0 is the whole split.
             value = getattr(self, name)
@@ -168,11 +177,13 @@ class Protocol:
             )
         strength = self.strength
         if "strength" in own and not (isinstance(strength, Real) and 0 <= strength < math.inf):
-            raise ValueError(f"strength is {strength!r}, expected a number from 0 on, as 1000")
-        for name in ("rank", "replay_size"):
+            raise ValueError(f"strength is {strength!r}, expected a number from 0 on, as 1e6")
+        for name, least in _WHOLE.items():
             value = getattr(self, name)
-            if name in own and not (isinstance(value, int) and value > 0):
-                raise ValueError(f"{name} is {value!r}, expected a whole number, at least 1")
+            if name not in (*own, "warmup_steps") or (name, value) == ("head_steps", None):
+                continue
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} is {value!r}, expected a whole number, at least {least}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able record; settings that the strategy ignores are left out.

@@ -10,18 +10,15 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import Any
 
-import torch
 from torch import nn
 
 from bitstack_nb import eligible, ranks, select
-from bitstack_nb.fitting import check_fitting, fit_heads, put_back_on_error
+from bitstack_nb.fitting import check_fitting, drawn, fit_heads, put_back_on_error
 from bitstack_nb.guard import Guard
-from bitstack_nb.importance import check_batches, check_seen, measure
+from bitstack_nb.importance import check_batches, measure
 from bitstack_nb.owners import Owners
-from bitstack_nb.rng import undisturbed_rng
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +64,7 @@ class Recall:
             self._guard.check_still_the_models()
             budget = self._next_budget()
             heads = eligible.trainable_heads(self._model)
-            batches = _drawn(loader, max(n_batches, head_steps), heads[0].device)
+            batches = drawn(loader, max(n_batches, head_steps), heads[0].device)
         owners.keep_base()
         with put_back_on_error(heads), owners.shown_as_before_on_error():
             owners.show(None)
@@ -151,13 +148,3 @@ class Recall:
                 f"and {left:,} are left. A smaller sparsity makes room for more tasks"
             )
         return min(budget, left)
-
-
-def _drawn(
-    loader: Iterable[Mapping[str, Any]], count: int, device: torch.device
-) -> list[Mapping[str, Any]]:
-    """A loader's first batches, at least one, the RNG state left as found."""
-    with undisturbed_rng(device):
-        batches = list(islice(loader, count))
-    check_seen(len(batches))
-    return batches

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from bitstack_nb import eligible, ranks, select, storage
+from bitstack_nb.fitting import HEAD_LEARNING_RATE, HEAD_STEPS
 from bitstack_nb.guard import Guard, LockedEntriesMoved
 from bitstack_nb.importance import measure
 from bitstack_nb.locks import Locks, Masks
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 __all__ = ["BUDGETS", "MODES", "BitStack", "LockedEntriesMoved", "check_settings"]
-
-HEAD_STEPS = 32
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +199,7 @@ class BitStack:
         n_batches: int = 32,
         *,
         head_steps: int = HEAD_STEPS,
-        head_learning_rate: float = 5e-3,
+        head_learning_rate: float = HEAD_LEARNING_RATE,
     ) -> dict[str, float]:
         """Open the next task: give it the ``sparsity`` of all entries that matter most for it.
 

@@ -16,9 +16,10 @@ from transformers import TrainerCallback
 from bitstack_nb import storage
 from bitstack_nb.curves import CurveRecorder
 from bitstack_nb.finetune import FineTune, n_bytes
+from bitstack_nb.fitting import HEAD_STEPS
 from bitstack_nb.protocol import Protocol
 from bitstack_nb.select import top_masks
-from bitstack_nb.stack import HEAD_STEPS, BitStack
+from bitstack_nb.stack import BitStack
 
 
 class _Stacked(FineTune):

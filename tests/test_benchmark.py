@@ -14,7 +14,7 @@ import transformers
 from tiny_checkpoints import CONFIGS
 from toy_data import TASK, write_toy
 
-from bitstack_nb import Protocol, Result, Task, benchmark, load_results, run, stack, training
+from bitstack_nb import Protocol, Result, Task, load_results, run, sequence, stack, training
 from bitstack_nb.backbones import collate, encode, load_backbone
 from bitstack_nb.heads import Heads
 from bitstack_nb.inputs import load_inputs
@@ -122,7 +122,7 @@ def test_a_model_per_task_forgets_nothing(tmp_path, monkeypatch, strategy):
             handle.remove()
 
     predictions_of = []
-    monkeypatch.setattr(benchmark, "accuracy", watched)
+    monkeypatch.setattr(sequence, "accuracy", watched)
     result = run(STRATEGIES[strategy], output=tmp_path)
     logits = list(predictions.values())  # tasks 1; 1, 2; 1, 2, 3
     assert len(logits) == 6
@@ -200,8 +200,8 @@ def test_killed_run_ends_like_an_unbroken_one(results, tmp_path, monkeypatch, st
     # Joint training has one stage only: there it dies in the last evaluation.
     last = {"training": 1 if strategy == "joint" else 3, "evaluation": 3}
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(benchmark, "train", dying("training", benchmark.train, last["training"]))
-        patch.setattr(benchmark, "accuracy", dying("evaluation", accuracy, last["evaluation"]))
+        patch.setattr(sequence, "train", dying("training", sequence.train, last["training"]))
+        patch.setattr(sequence, "accuracy", dying("evaluation", accuracy, last["evaluation"]))
         run(protocol, output=tmp_path)
     assert not list(tmp_path.glob("*.json"))
     torch.manual_seed(12345)  # the new process starts from another state
@@ -213,7 +213,7 @@ def test_killed_run_ends_like_an_unbroken_one(results, tmp_path, monkeypatch, st
 
 
 def test_half_written_checkpoint_is_passed_over(results, tmp_path, monkeypatch):
-    real = benchmark.save_file
+    real = sequence.save_file
 
     def cut_short(tensors, path, *args):
         real(tensors, path, *args)
@@ -221,7 +221,7 @@ def test_half_written_checkpoint_is_passed_over(results, tmp_path, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(benchmark, "save_file", cut_short)
+        patch.setattr(sequence, "save_file", cut_short)
         run(SMALL, output=tmp_path)
     assert run(SMALL, output=tmp_path).matrix == results["finetune"].matrix
 
@@ -284,8 +284,8 @@ def test_half_precision_is_on_in_every_stage_and_evaluation(tmp_path, monkeypatc
 
         return call
 
-    monkeypatch.setattr(benchmark, "train", watched("train", benchmark.train))
-    monkeypatch.setattr(benchmark, "accuracy", watched("evaluate", benchmark.accuracy))
+    monkeypatch.setattr(sequence, "train", watched("train", sequence.train))
+    monkeypatch.setattr(sequence, "accuracy", watched("evaluate", sequence.accuracy))
     monkeypatch.setattr(stack, "measure", watched("update", stack.measure))
     protocol = replace(SMALL.with_strategy("bitstack"), tasks=SMALL.tasks[:2], train_size=16)
     run(protocol, output=tmp_path)
@@ -331,7 +331,7 @@ def test_a_state_from_other_data_is_refused(tmp_path, monkeypatch):
 
 
 def stop_in_stage(number, protocol, folder, monkeypatch):
-    real = benchmark.train
+    real = sequence.train
 
     def die(*args, seed, **kwargs):
         if seed == number - 1:
@@ -339,7 +339,7 @@ def stop_in_stage(number, protocol, folder, monkeypatch):
         return real(*args, seed=seed, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(benchmark, "train", die)
+        patch.setattr(sequence, "train", die)
         run(protocol, output=folder)
     return folder / f"{protocol.name}.state"
 
@@ -367,12 +367,12 @@ def test_the_heads_have_a_rate_of_their_own(tmp_path, monkeypatch):
             seen.append((rates[True].pop(), rates[False].pop()))
             assert rates == {True: set(), False: set()}
 
-    real = benchmark.train
+    real = sequence.train
 
     def watched(*args, callbacks, **kwargs):
         real(*args, callbacks=[*callbacks, Rates()], **kwargs)
 
-    monkeypatch.setattr(benchmark, "train", watched)
+    monkeypatch.setattr(sequence, "train", watched)
     for strategy in ("finetune", "bitstack", "recall", "joint", "replay", "lora"):
         protocol = replace(SMALL, tasks=SMALL.tasks[:2], head_learning_rate=2e-2, warmup_steps=2)
         run(protocol.with_strategy(strategy), output=tmp_path)
@@ -390,7 +390,7 @@ def test_replay_mixes_in_training_rows_of_earlier_tasks(tmp_path, monkeypatch):
     def watched(model, data, *args, **kwargs):
         seen.append((type(model), data.to_list()))
 
-    monkeypatch.setattr(benchmark, "train", watched)
+    monkeypatch.setattr(sequence, "train", watched)
     result = run(protocol, output=tmp_path)
     (_, first), (module, second) = seen
     assert first == inputs.train[0].to_list() and module is MultiHead
@@ -427,7 +427,11 @@ def test_names_depend_on_what_matters():
         for p in (recall, replace(recall, importance="fisher"), replace(recall, sparsity=0.2))
     }
     assert len(more | {replace(SMALL, head_learning_rate=1.0).name, SMALL.name}) == 5
-    for strategy, setting, value in (("ewc", "strength", 5), ("lora", "rank", 4)):
+    for strategy, setting, value in (
+        ("ewc", "strength", 5),
+        ("lora", "rank", 4),
+        ("single", "head_steps", 4),
+    ):
         own = SMALL.with_strategy(strategy)
         assert own.name != replace(own, **{setting: value}).name
         assert SMALL.name == replace(SMALL, **{setting: value}).name
@@ -457,6 +461,11 @@ def test_names_depend_on_what_matters():
         ({"strategy": "ewc", "strength": -1}, "strength is -1.*0 on"),
         ({"strategy": "lora", "rank": 0}, "rank is 0.*at least 1"),
         ({"strategy": "replay", "replay_size": 0.5}, "replay_size is 0.5.*whole"),
+        ({"strategy": "bitstack", "n_batches": 0}, "n_batches is 0.*at least 1"),
+        ({"strategy": "ewc", "n_batches": -1}, "n_batches is -1.*at least 1"),
+        ({"strategy": "lora", "head_steps": -1}, "head_steps is -1.*at least 0"),
+        ({"warmup_steps": 0.5}, "warmup_steps is 0.5.*whole"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1.*0 on"),
     ],
 )
 def test_bad_protocols_say_what_to_do(settings, message):

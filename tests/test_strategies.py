@@ -8,7 +8,7 @@ import tiny
 import torch
 from datasets import Dataset
 
-from bitstack_nb import Protocol
+from bitstack_nb import BitStack, Protocol
 from bitstack_nb.rivals import kept_rows, single_examples
 from bitstack_nb.stacked import small_parameters
 from bitstack_nb.strategies import STRATEGIES
@@ -103,6 +103,22 @@ def test_every_single_model_starts_from_the_base():
         assert not same(base, backbone(model))
     strategy.before_stage(2, [])
     assert same(base, backbone(model))
+
+
+@pytest.mark.parametrize("name", ["single", "lora"])
+def test_head_steps_fit_the_head_and_nothing_else(name):
+    """As exact recall does before it measures: the same steps give the same head."""
+    fitted = {}
+    for strategy in (make(name, tiny.bert(), head_steps=4), make(name, tiny.bert())):
+        model, base = strategy.model, backbone(strategy.model)
+        head = tiny.snapshot(model.classifier)
+        strategy.before_stage(0, tiny.batches(2, seed=0))
+        assert same(base, backbone(model))
+        fitted[strategy.protocol.head_steps] = tiny.snapshot(model.classifier)
+    assert same(head, fitted[None]) and not same(head, fitted[4])
+    recall = BitStack(tiny.bert(), 0.2, mode="recall")
+    recall.begin(tiny.batches(2, seed=0), head_steps=4)
+    assert same(fitted[4], tiny.snapshot(recall.export(None).classifier))
 
 
 def test_lora_leaves_the_global_generator_alone_and_draws_by_the_seed():

@@ -16,7 +16,7 @@ from distributed import LocalCluster
 from filelock import FileLock
 from joblib import cpu_count
 
-from bitstack_nb import benchmark
+from bitstack_nb import benchmark, sequence
 from bitstack_nb.__main__ import main
 from bitstack_nb.options import one_run, parser
 from bitstack_nb.protocol import Protocol
@@ -124,6 +124,7 @@ def test_the_recorded_command_repeats_its_run_only():
     options += ["--shuffle-tasks", "--strategy=finetune,bitstack,recall,ewc,lora,replay,joint"]
     options += ["--sparsity=0,0.05", "--budget=union,fresh", "--importance=gradient,fisher"]
     options += ["--n-batches=2,3", "--strength=1e-05,7", "--rank=3", "--replay-size=1,2"]
+    options += ["--head-steps=0,4"]
     options += ["--learning-rate=2e-05", "--train-size=1.0", "--test-size=12", "--epochs=1.5"]
     options += ["--data=/some where", "--head-learning-rate=0.01", "--sampling=head"]
     given = parser().parse_args(["sweep", *options])
@@ -156,7 +157,7 @@ ONE = Protocol(tasks=("imdb",), train_size=16, test_size=8, max_length=16, epoch
 
 def test_a_second_process_waits_and_takes_the_firsts_result(tmp_path, monkeypatch, caplog):
     first = benchmark.run(ONE, output=tmp_path / "first")
-    monkeypatch.setattr(benchmark, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(sequence, "train", lambda *_, **__: pytest.fail("trained again"))
     second = []
     with FileLock(tmp_path / f"{ONE.name}.lock"):
         waiting = threading.Thread(

@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from bitstack_nb.drift import KINDS, STATES
 from bitstack_nb.metrics import mean_interval
 from bitstack_nb.pairs import all_tasks, final_accuracy, metric
 from bitstack_nb.plot_style import (
     GREY,
-    MARKERS,
     Figure,
     Group,
     counted,
@@ -25,6 +25,8 @@ from bitstack_nb.plot_style import (
 )
 from bitstack_nb.plots import difference_dots, draw_dots, numbers
 from bitstack_nb.results import Result, ResultError
+
+_ROWS = {"other": "other (a pooler)"}
 
 
 @styled
@@ -45,7 +47,7 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
     """Average accuracy after the last task against the bytes kept per task, a point each.
 
     Bytes are those beside one backbone and the heads (``Result.storage``), on a logarithmic scale
-    with nothing at its left edge. Raises ResultError where no run has recorded any.
+    with nothing at its left. Raises ResultError where no run has recorded any.
     """
     groups = [
         g
@@ -55,35 +57,59 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
     ]
     if not groups:
         raise ResultError("no result has recorded what its tasks take: run it again")
-    figure = Figure(4.4 + 0.15 * len(groups))
+    stored = [np.mean(numbers(g.results, metric("storage_per_task"))) for g in groups]
+    smallest = min([size for size in stored if size > 0], default=1.0)
+    places = np.array([size or smallest / 10 for size in stored])
+    figure = Figure(5.2)
     ax = figure.subplots()
-    places = []
-    for number, group in enumerate(groups):
-        stored = np.mean(numbers(group.results, metric("storage_per_task")))
-        accuracy, half = mean_interval(numbers(group.results, metric("average_accuracy")))
+    for same in (np.flatnonzero(places == place) for place in np.unique(places)):
+        _draw_stored(ax, places[same[0]], [groups[at] for at in same])
+    ax.set_xscale("log")
+    ax.set_xlim(places.min() / 2, places.max() * 40)  # room for the last one's name
+    decades = 10.0 ** np.arange(np.ceil(np.log10(smallest)), np.log10(places.max()) + 1)
+    ticks = {smallest / 10: "nothing"} if 0 in stored else {}
+    ticks |= {size: f"{size:,.10g}" for size in decades}
+    ax.set_xticks(list(ticks), list(ticks.values()))
+    ax.set_xticks([], minor=True)
+    ax.set_xlabel("kept per task beside the backbone (kB)")
+    ax.set_ylabel("average accuracy at the end (%)")
+    members = [r for group in groups for r in group.results]
+    figure.suptitle(titled("What an accuracy costs in storage", members))
+    text = counted(
+        "mean and 95 % Student interval over the seeds", [len(g.results) for g in groups]
+    )
+    figure.supxlabel(text, fontsize=9, color=GREY)
+    return figure
+
+
+def _draw_stored(ax: Axes, place: float, groups: list[Group]) -> None:
+    """Points that belong at one place, side by side around it, each with its name."""
+    found = [(*mean_interval(numbers(g.results, metric("average_accuracy"))), g) for g in groups]
+    found.sort(key=lambda point: point[0])
+    shifts = 1.12 ** (np.arange(len(found)) - (len(found) - 1) / 2)
+    for (accuracy, half, group), shift in zip(found, shifts, strict=True):
         ax.errorbar(
-            [stored],
+            [place * shift],
             [accuracy],
             yerr=None if half is None else [half],
-            # Sparsities of one strategy have its colour.
-            fmt=MARKERS[[g.colour for g in groups[:number]].count(group.colour) % len(MARKERS)],
+            fmt=group.marker,
             color=group.colour,
             markersize=8,
             capsize=4,
-            label=counted(" ".join(group.label.split()), [len(group.results)]),
         )
-        places.append(stored)
-    # Below the smallest that is kept, so that no strategy is drawn on top of nothing.
-    smallest = min([place for place in places if place > 0], default=1.0)
-    ax.set_xscale("symlog", linthresh=smallest / 2, linscale=0.5)
-    ax.set_xlim(-smallest / 8, 2.5 * max(places, default=1.0) + smallest)
-    ax.set_xlabel("kept per task beside the backbone (kB)")
-    ax.set_ylabel("average accuracy at the end (%)")
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    members = [r for group in groups for r in group.results]
-    figure.suptitle(titled("What an accuracy costs in storage", members))
-    return figure
+    heights = _spread([accuracy for accuracy, _, _ in found], gap=1.0)
+    for (_, _, group), height in zip(found, heights, strict=True):
+        name = " ".join(group.label.split())
+        at = (place * shifts[-1] * 1.15, height)
+        ax.annotate(name, at, va="center", size=9, color=GREY, annotation_clip=False)
+
+
+def _spread(heights: list[float], gap: float) -> np.ndarray:
+    """Ascending heights moved apart to at least ``gap``, their middle where it was."""
+    spread = np.array(heights)
+    for at in range(1, len(spread)):
+        spread[at] = max(spread[at], spread[at - 1] + gap)
+    return spread - (spread - heights).mean()
 
 
 @styled
@@ -110,19 +136,22 @@ def drift_attribution(results: Iterable[Result]) -> Figure:
         if at + columns >= len(groups):
             ax.set_xlabel("points that return")
             ax.tick_params("x", labelbottom=True)
-    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].set_yticks(range(len(rows)), [_ROWS.get(name, name) for name in rows])
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     for ax in axes[len(groups) :]:
         ax.remove()
     members = [r for group in groups for r in group.results]
     title = "Where forgetting lives: task 1's accuracy with one group of weights put back"
     figure.suptitle(titled(title, members))
-    text = "dashed: all that task 1 has lost; mean and 95 % Student interval over n seeds"
+    text = (
+        "dashed: all that task 1 has lost (groups act together, so theirs need not add up to it); "
+        "mean and 95 % Student interval over n seeds"
+    )
     figure.supxlabel(text, fontsize=9, color=GREY)
     return figure
 
 
-def _draw_drift(ax, group: Group, rows: list[str]) -> None:
+def _draw_drift(ax: Axes, group: Group, rows: list[str]) -> None:
     drifted = [result for result in group.results if result.drift]
     lost = np.mean([result.matrix[0][0] - result.matrix[-1][0] for result in drifted])
     ax.axvline(lost, color=GREY, linestyle="--", linewidth=1)
@@ -135,5 +164,7 @@ def _draw_drift(ax, group: Group, rows: list[str]) -> None:
         ]
         if returned:
             draw_dots(ax, row, group, returned)
+    # Above it the weights divided by what they are, below it by what a stack does with them.
+    ax.axhline(sum(name in KINDS for name in rows) - 0.35, color=GREY, linewidth=0.5)
     ax.grid(visible=False, axis="y")
     ax.set_title(counted(group.label, [len(drifted)]))

@@ -18,6 +18,7 @@ from bitstack_nb.plot_style import (
     SHARES,
     Figure,
     counted,
+    described,
     draw_shares,
     grouped,
     is_published,
@@ -39,14 +40,17 @@ def ablation(results: Iterable[Result]) -> Figure:
     """Metrics, locks and the masks' weight against sparsity: a line per budget.
 
     A line whose runs have no sparsity 0 of their own starts with the fine-tuning runs that agree
-    with them in all settings (but not one of exact recall). A mask weighs one bit per eligible
-    entry and 4 bytes per locked one, its float32 value (``storage``; headers aside). Raises
-    ResultError without a sparsity.
+    with them in all settings (but not one of exact recall), and needs three sparsities: two would
+    be a comparison drawn as a trend. A mask weighs one bit per eligible entry and 4 bytes per
+    locked one, its float32 value (``storage``; headers aside). Raises ResultError without a line.
     """
     results = list(results)
-    lines = _sparsity_lines(results)
+    lines = [line for line in _sparsity_lines(results) if len(line.points) > 2]
     if not lines:
-        raise ResultError("no result has a sparsity: give runs of a strategy that locks (bitstack)")
+        raise ResultError(
+            "no configuration has three sparsities: give runs of a strategy that locks (bitstack) "
+            "with more of them"
+        )
     figure = Figure(6.2)
     axes = figure.subplots(2, 3, sharex=True).ravel()
     members = [r for line in lines for runs in line.points.values() for r in runs]
@@ -199,10 +203,7 @@ def _heatmap_title(locks: Result | pd.DataFrame) -> str:
     title = "Locked entries by layer and module"
     if not isinstance(locks, Result):
         return title
-    (group,) = grouped([locks])
-    sparsity, seed = locks.protocol.get("sparsity"), locks.protocol.get("seed")
-    what = " ".join(group.label.splitlines())
-    return titled(f"{title}: {what}, sparsity {sparsity}, seed {seed}", [locks])
+    return titled(f"{title}: {described(locks)}", [locks])
 
 
 def layer_table(locks: Result | pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from bitstack_nb.lock_plots import OUTSIDE, layer_table, short_names
 from bitstack_nb.lock_view import LockView, size
-from bitstack_nb.plot_style import SHARES, Figure, styled, titled
+from bitstack_nb.plot_style import SHARES, Figure, described, styled, titled
 from bitstack_nb.results import Result, ResultError
 from bitstack_nb.stack import BitStack
 
@@ -49,7 +49,8 @@ def task_overlap(result: Result, sparsities: Sequence[float] = (0.05, 0.12, 0.40
         ax.set_title(f"sparsity {sparsity:.0%}\n(two random choices: {chance:.0%})")
     bar = figure.colorbar(axes[0].collections[0], ax=axes.tolist(), shrink=0.8, aspect=20)
     bar.set_label("shared of united entries (%)")
-    figure.suptitle(titled("Overlap of what the tasks choose, masks lifted", [result]))
+    title = f"Overlap of what the tasks choose, masks lifted: {described(result)}"
+    figure.suptitle(titled(title, [result]))
     return figure
 
 
@@ -81,9 +82,7 @@ def mask_weight(result: Result) -> Figure:
     ax.grid(visible=False, axis="y")
     ax.margins(x=0.15)
     ax.set_xlabel("MiB")
-    ax.set_title(
-        f"BitStack {budget}, sparsity {sparsity:g}, {numbers.total / 1e6:.1f} M parameters"
-    )
+    ax.set_title(f"{described(result)}, {numbers.total / 1e6:.1f} M parameters")
     figure.suptitle(titled("What a mask weighs", [result]))
     return figure
 

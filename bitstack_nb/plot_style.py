@@ -198,7 +198,8 @@ def _name(settings: dict[str, Any], told_apart: set[str]) -> str:
 
 def counted(label: str, numbers: Iterable[int]) -> str:
     """A label that ends with how many seeds there are."""
-    n = " to ".join(map(str, sorted(set(numbers))))
+    numbers = list(numbers)
+    n = " to ".join(map(str, dict.fromkeys([min(numbers), max(numbers)])))
     *lines, last = label.splitlines()
     return "\n".join([*lines, f"{last}{', ' if len(last) < 24 else chr(10)}n = {n}"])
 
@@ -207,6 +208,13 @@ def titled(title: str, results: Iterable[Result]) -> str:
     """The title of a figure, saying so where what it shows is no real text."""
     synthetic = any(result.protocol.get("data") == "embedded" for result in results)
     return f"{title} (synthetic tasks)" if synthetic else title
+
+
+def described(result: Result) -> str:
+    """One run in words: strategy, budget, sparsity, seed."""
+    (group,) = grouped([result])
+    sparsity, seed = result.protocol.get("sparsity"), result.protocol.get("seed")
+    return f"{' '.join(group.label.splitlines())}, sparsity {sparsity}, seed {seed}"
 
 
 def task_names(result: Result) -> list[str]:

@@ -34,7 +34,7 @@ from bitstack_nb.results import Result, ResultError
 from bitstack_nb.tables import COLUMNS
 
 _UNITS = {"average_accuracy": "%", "learning_accuracy": "%", "forgetting": "points"}
-_INTERVALS = "mean and 95 % Student interval over n seeds; small dots: single seeds"
+_INTERVALS = "mean and 95 % Student interval over n seeds (3 or more); small dots: single seeds"
 
 
 @styled
@@ -209,12 +209,15 @@ def dots(
 
 
 def draw_dots(ax: Axes, row: int, group: Group, values: list[float]) -> None:
-    """One mean with its interval, and the single seeds below it."""
+    """One mean with its interval, and the single seeds below it.
+
+    No interval of two seeds: it is wider than any scale the others can be read on.
+    """
     mean, half = mean_interval(values)
     ax.errorbar(
         [mean],
         [row],
-        xerr=None if half is None else [half],
+        xerr=[half] if len(values) > 2 else None,
         fmt=group.marker,
         color=group.colour,
         markerfacecolor="white" if group.marker == "D" else group.colour,

@@ -67,8 +67,8 @@ def table(results: Iterable[Result]) -> pd.DataFrame:
 
     Columns: what ``configurations`` shows; ``seeds`` (how many); then each of COLUMNS and, as
     ``<column>_interval``, the half width of its 95 % Student interval, NaN for one seed. A mean is
-    NaN where a seed lacks it; storage and time are left out where no run has recorded them. Raises
-    ResultError as ``configurations`` does.
+    NaN where a seed lacks it, but for time per step, which is of the seeds that have recorded it;
+    storage and time are left out where no run has. Raises ResultError as ``configurations`` does.
     """
     import pandas as pd
 
@@ -185,8 +185,11 @@ def _draw(result: Result) -> tuple[Any, str]:
 def _averages(members: list[Result]) -> dict[str, float]:
     row = {}
     for name in COLUMNS:
-        values = [column_value(member, name) for member in members]
-        row[name], row[f"{name}_interval"] = mean_and_half([] if None in values else values)
+        found = [column_value(member, name) for member in members]
+        values = [value for value in found if value is not None]
+        # A seed that is left out would change what an accuracy is the mean of; a time it does not.
+        whole = len(values) == len(found) or name == "time_per_step"
+        row[name], row[f"{name}_interval"] = mean_and_half(values if whole else [])
     return row
 
 

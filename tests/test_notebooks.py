@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from IPython.core.inputtransformer2 import TransformerManager
-from notebook_files import FOLDER, METADATA, WIDGET, code_cells, read
+from notebook_files import FOLDER, WIDGET, code_cells, metadata, read
 
 from bitstack_nb.notebook import describe, duration, output_folder, report, to_install
 from bitstack_nb.protocol import PRESETS, default_preset
@@ -74,7 +74,7 @@ def test_cell_ids_are_words_and_each_once(file):
 def test_metadata_is_ours_alone(file):
     """No widget state (GitHub refuses it), no timings, no skipped cells, no kernel of someone's."""
     notebook = read(file)
-    assert notebook.metadata == METADATA
+    assert notebook.metadata == metadata(file)
     for cell in notebook.cells:
         assert set(cell.metadata) <= {"tags"}
         assert set(cell.metadata.get("tags", [])) <= {"parameters", "nbval-check-output"}

@@ -118,6 +118,12 @@ def test_what_cannot_be_judged_is_said():
         verdict([*RESULTS, run("bitstack", 0, budget="fresh")])
 
 
+def test_the_summary_names_settings_where_nothing_else_tells_rows_apart():
+    rates = [run("bitstack", 0, learning_rate=rate) for rate in (1e-5, 3e-5)]
+    assert list(summary(rates)["learning_rate"]) == [1e-5, 3e-5]
+    assert "learning_rate" not in summary([rates[0], run("finetune", 0, learning_rate=3e-5)])
+
+
 def test_the_summary_is_sorted_and_paired_with_separate_models():
     runs = [run(name, seed) for name in ("finetune", "bitstack", "single") for seed in range(3)]
     frame = summary(runs)
@@ -127,6 +133,7 @@ def test_the_summary_is_sorted_and_paired_with_separate_models():
     assert math.isnan(by_strategy.loc["single", "minus_separate_models"])
     accuracies = [[r.metrics["average_accuracy"] for r in runs[at : at + 3]] for at in (3, 6)]
     mean, half = mean_interval([own - other for own, other in zip(*accuracies, strict=True)])
+    assert "learning_rate" not in frame
     row = by_strategy.loc["bitstack"]
     assert row["minus_separate_models"] == pytest.approx(mean)
     assert row["minus_separate_models_interval"] == pytest.approx(half)

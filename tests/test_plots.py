@@ -20,12 +20,13 @@ from toy_results import TASKS, published, run
 
 from bitstack_nb import BitStack
 from bitstack_nb.__main__ import main
+from bitstack_nb.cost_report import CostReport, cost_table
 from bitstack_nb.evidence_plots import accuracy_for_storage, drift_attribution, task_differences
 from bitstack_nb.figures import FILE_DPI
 from bitstack_nb.lock_plots import ablation, capacity, lock_heatmaps, mask_bytes
 from bitstack_nb.metrics import forgetting_per_task as points_lost
 from bitstack_nb.metrics import mean_interval
-from bitstack_nb.options import RECORDED
+from bitstack_nb.options import RECORDED, RECORDED_COSTS
 from bitstack_nb.plot_style import DPI, Figure, png
 from bitstack_nb.plots import (
     accuracy_matrices,
@@ -47,7 +48,8 @@ def runs(strategy="bitstack", **settings) -> list[Result]:
 
 
 BITSTACK, FINETUNE, JOINT = runs(), runs("finetune"), runs("joint")
-SWEEP = [*BITSTACK, *runs(sparsity=0.4), *runs(budget="fresh", sparsity=0.05), *FINETUNE]
+FRESH = {sparsity: runs(budget="fresh", sparsity=sparsity) for sparsity in (0.05, 0.4)}
+SWEEP = [*BITSTACK, *runs(sparsity=0.4), *FRESH[0.05], *FRESH[0.4], *FINETUNE]
 SINGLE = runs("single")
 ALL = [*SWEEP, *JOINT, *SINGLE, *PAPER]
 OF_RESULTS = (
@@ -79,11 +81,12 @@ def row(ax, label):
     (at,) = [at for at, name in enumerate(names) if name.startswith(label)]
     (container,) = [c for c in ax.containers if c.lines[0].get_ydata()[0] == at]
     mean = container.lines[0].get_xdata()[0]
+    dots = [li for li in ax.lines if li.get_marker() == "o" and 0 < li.get_ydata()[0] - at < 0.5]
+    seeds = [float(value) for line in dots for value in line.get_xdata()]
     if not container.has_xerr:
-        return mean, None, []
+        return mean, None, seeds
     ((low, _), (high, _)) = container.lines[2][0].get_segments()[0]
-    (dots,) = [li for li in ax.lines if li.get_marker() == "o" and 0 < li.get_ydata()[0] - at < 0.5]
-    return mean, (high - low) / 2, list(dots.get_xdata())
+    return mean, (high - low) / 2, seeds
 
 
 def shares(ax):
@@ -167,7 +170,7 @@ NOTHING = [(draw, [], "no results") for draw in OF_RESULTS] + [
     (forgetting_per_task, runs(tasks=["imdb"]), "no result has .*Forgetting"),
     (comparison, [replace(PAPER[0], metrics={})], "no result has .*Accuracy"),
     (paired_differences, BITSTACK, "nothing to pair: no run of 'finetune'"),
-    (ablation, FINETUNE, "no result has a sparsity.*bitstack"),
+    (ablation, FINETUNE, "no configuration has three sparsities.*bitstack"),
     (capacity, FINETUNE, "no result has locks.*bitstack"),
     (task_differences, FINETUNE, "nothing to pair: no run of 'single'"),
     (accuracy_for_storage, [*JOINT, *PAPER], "no result has recorded what its tasks take"),
@@ -184,6 +187,7 @@ def test_without_anything_to_draw_the_error_says_what_is_missing(draw, results, 
 @pytest.mark.parametrize("draw", OF_RESULTS)
 def test_synthetic_tasks_are_called_so(draw):
     embedded = [run(name, data="embedded") for name in ("bitstack", "finetune", "single")]
+    embedded += [run(data="embedded", sparsity=sparsity) for sparsity in (0.05, 0.4)]
     assert "synthetic" in draw(embedded).get_suptitle()
     assert "synthetic" not in drawn(draw.__name__)[0].get_suptitle()
 
@@ -215,22 +219,24 @@ def test_differences_on_a_task_are_those_of_its_pairs_whatever_its_place():
     expected = [own[0][2] - base[0][2], own[1][0] - base[1][0]]
     mean, half, seeds = row(figure.axes[2], "BitStack")
     np.testing.assert_allclose(seeds, expected)
-    np.testing.assert_allclose([mean, half], mean_interval(expected))
+    assert mean == pytest.approx(np.mean(expected)) and half is None
 
 
 def test_storage_is_drawn_where_it_is():
     figure = accuracy_for_storage([*BITSTACK, *FINETUNE])
     (ax,) = figure.axes
     drawn = {tuple(c.lines[0].get_xydata()[0]) for c in ax.containers}
-    expected = {
-        (
-            np.mean([r.storage["bytes"] / 1000 / len(TASKS) for r in results]),
-            np.mean([r.metrics["average_accuracy"] for r in results]),
-        )
-        for results in (BITSTACK, FINETUNE)
-    }
+    stored = np.mean([r.storage["bytes"] / 1000 / len(TASKS) for r in BITSTACK])
+    # Fine-tuning keeps nothing, which has no place of its own on a logarithmic scale.
+    places = {stored: BITSTACK, stored / 10: FINETUNE}
+    expected = [
+        (place, np.mean([r.metrics["average_accuracy"] for r in results]))
+        for place, results in places.items()
+    ]
     np.testing.assert_allclose(sorted(drawn), sorted(expected))
-    assert ax.get_xlim()[0] < 0  # fine-tuning keeps nothing: inside the axis, not on its edge
+    assert ax.get_xticks()[0] == pytest.approx(stored / 10)
+    assert ax.get_xticklabels()[0].get_text() == "nothing"
+    assert {"BitStack union", "fine-tuning"} == {text.get_text() for text in ax.texts}
 
 
 def test_drift_is_what_returns_of_what_was_lost():
@@ -314,8 +320,9 @@ def test_differences_pair_the_seeds_with_the_same_settings():
         assert seeds == pytest.approx(np.subtract(ours, base))
         assert any(list(line.get_xdata()) == [0, 0] for line in ax.lines)
         ours, base = ([r.metrics[name] for r in own] for own in (fast[1:3], fast[3:]))
-        pairs = row(ax, "BitStack union\nlearning rate 0.0001, n = 2")[:2]
-        assert pairs == pytest.approx(mean_interval(np.subtract(ours, base)))
+        mean, half, seeds = row(ax, "BitStack union\nlearning rate 0.0001, n = 2")
+        assert seeds == pytest.approx(np.subtract(ours, base))
+        assert mean == pytest.approx(np.mean(seeds)) and half is None  # of two seeds
     assert row(figure.axes[2], "BitStack union\npublished")[0] == pytest.approx(3.8 - 14.5)
     assert not any("joint" in text.get_text() for text in figure.axes[0].get_yticklabels())
     with_joint = paired_differences([*slow, *runs("joint", learning_rate=5e-5)], baseline="joint")
@@ -332,7 +339,7 @@ def test_ablation_draws_a_line_per_budget_from_fine_tuning_on():
     assert "KiB" in figure.axes[4].get_title()
     points = {
         "BitStack union": {0: FINETUNE, 0.12: BITSTACK, 0.4: SWEEP[3:6]},
-        "BitStack fresh": {0: FINETUNE, 0.05: SWEEP[6:9]},
+        "BitStack fresh": {0: FINETUNE, **FRESH},
     }
     for ax, value in zip(figure.axes, values, strict=False):
         assert len(ax.lines) == 2
@@ -348,7 +355,7 @@ def test_ablation_draws_a_line_per_budget_from_fine_tuning_on():
 
 def test_an_own_sparsity_of_zero_comes_before_fine_tuning():
     zero = runs(sparsity=0)
-    line = ablation([*BITSTACK, *zero, *FINETUNE]).axes[0].lines[0]
+    line = ablation([*BITSTACK, *runs(sparsity=0.4), *zero, *FINETUNE]).axes[0].lines[0]
     mean = np.mean([r.metrics["forgetting"] for r in zero])
     assert line.get_ydata()[0] == pytest.approx(mean)
 
@@ -449,7 +456,7 @@ def test_a_notebook_shows_a_returned_figure_as_one_png():
 
 @pytest.fixture
 def recorded(tmp_path):
-    for at, result in enumerate([*BITSTACK, *FINETUNE, *SINGLE]):
+    for at, result in enumerate([*BITSTACK, *runs(sparsity=0.4), *FINETUNE, *SINGLE]):
         result.save(tmp_path / "recorded" / f"{at}.json")
     return tmp_path / "recorded"
 
@@ -477,13 +484,18 @@ def test_the_command_says_what_cannot_be_drawn(tmp_path, capsys):
     assert not (tmp_path / "out" / "capacity.png").exists()
 
 
-def test_without_names_every_recorded_folder_is_drawn_by_itself(tmp_path, capsys, monkeypatch):
+def test_without_names_all_that_is_recorded_is_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in RECORDED:
         PAPER[0].save(folder / "one.json")
+    point = {"what": "update", "parameters": 10, "tasks": 5, "ratio": 1.0}
+    costs = CostReport(device="cpu", costs={"update": {"value": 1.04}}, growth=[point])
+    costs.save(RECORDED_COSTS / "cpu.json")
     assert main(["figures"]) == 0
     drawn = {file.parent.name for file in (tmp_path / "results" / "figures").rglob("*.png")}
-    assert drawn == {folder.name for folder in RECORDED}
+    assert drawn == {folder.name for folder in RECORDED} | {"cost-cpu"}
+    written = (tmp_path / "results" / "figures" / "cost-cpu" / "tables.md").read_text()
+    assert format_table(cost_table(costs)) in written
     said = capsys.readouterr().out
     assert all(f"{folder.name}/comparison.png" in said for folder in RECORDED)
 

@@ -263,6 +263,10 @@ def test_time_per_step_is_shown_where_a_run_has_counted_its_steps():
     timed = make("lora", budget=None)
     timed.times = {"train": [1.0, 3.0], "step": [0.1, 0.3]}
     assert table([timed])["time_per_step"].item() == pytest.approx(200)  # ms
+    others = [make("lora", budget=None, seed=seed) for seed in (1, 2)]
+    others[0].metrics["average_accuracy"] = None
+    means = table([timed, *others]).iloc[0]
+    assert means["time_per_step"] == pytest.approx(200) and math.isnan(means["average_accuracy"])
     timed.times["step"][0] = None  # begun by a version that did not count
     assert "time_per_step" not in table([make(), timed])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +24,11 @@ def cost_growth(report: CostReport) -> Figure:
     if not report.growth:
         raise ResultError("this report has no growth: measure it with measure_growth")
     works = list(dict.fromkeys(row["what"] for row in report.growth))
-    smallest = min(row["parameters"] for row in report.growth)
+    numbers = Counter(row["parameters"] for row in report.growth)
+    most = max(numbers, key=numbers.get)  # measured: the size that the tasks vary at
     panels = {
         "parameters": [row for row in report.growth if row["tasks"] == 5],
-        "tasks": [row for row in report.growth if row["parameters"] == smallest],
+        "tasks": [row for row in report.growth if row["parameters"] == most],
     }
     figure = Figure(1.6 + 2.2 * len(works))
     axes = figure.subplots(len(works), 2, sharex="col", sharey="row", squeeze=False)
@@ -36,7 +38,7 @@ def cost_growth(report: CostReport) -> Figure:
             _draw(ax, own, against, colour=COLOURS[line], limit=LIMITS[what][1])
         axes[line][0].set_ylabel(f"{what} /\n{LIMITS[what][0]}")
     for ax, against in zip(axes[0], panels, strict=True):
-        ax.set_title(_TITLES[against].format(smallest / 1e6))
+        ax.set_title(_TITLES[against].format(most / 1e6))
     axes[-1][0].set_xlabel("parameters (M)")
     axes[-1][1].set_xlabel("tasks locked")
     axes[0][0].set_xscale("log")

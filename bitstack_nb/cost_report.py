@@ -151,7 +151,7 @@ def _timed(times: cost.Times) -> dict[str, Any]:
 
 def measure_growth(
     report: CostReport,
-    sizes: Sequence[tuple[int, int]] = ((6, 320), (12, 512), (12, 768), (24, 1024)),
+    sizes: Sequence[tuple[int, int]] = ((4, 192), (6, 320), (12, 512), (12, 768), (24, 1024)),
     tasks: Sequence[int] = (1, 2, 5, 10),
     *,
     rounds: int = 5,
@@ -159,10 +159,10 @@ def measure_growth(
 ) -> None:
     """Measure a step, an update and a switch over sizes (layers, width) and over tasks.
 
-    Sizes at 5 tasks, and tasks at the first size; the plain implementation is left out.
+    Sizes at 5 tasks, and tasks at the second size; the plain implementation is left out.
     """
     origin, records = provenance(), []
-    shapes = [(size, 5) for size in sizes] + [(sizes[0], number) for number in tasks]
+    shapes = [(size, 5) for size in sizes] + [(sizes[1], number) for number in tasks]
     for size, number in tqdm(dict.fromkeys(shapes), disable=not progress, unit="model"):
         works = {
             "training step": partial(

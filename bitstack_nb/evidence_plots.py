@@ -62,32 +62,35 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
     places = np.array([size or smallest / 10 for size in stored])
     figure = Figure(5.2)
     ax = figure.subplots()
-    for same in (np.flatnonzero(places == place) for place in np.unique(places)):
+    together = [np.flatnonzero(places == place) for place in np.unique(places)]
+    for same in together:
         _draw_stored(ax, places[same[0]], [groups[at] for at in same])
     ax.set_xscale("log")
-    ax.set_xlim(places.min() / 2, places.max() * 40)  # room for the last one's name
-    decades = 10.0 ** np.arange(np.ceil(np.log10(smallest)), np.log10(places.max()) + 1)
+    ax.set_xlim(places.min() / 2, places.max() * 10)  # room for the last one's name
+    methods = [group.label.partition("\n")[0] for group in groups]
+    short = [
+        g._replace(label=m) if methods.count(m) == 1 else g
+        for g, m in zip(groups, methods, strict=True)
+    ]
+    for same in together:
+        _name_stored(ax, places[same[0]], [short[at] for at in same])
+    decades = 10.0 ** np.arange(np.floor(np.log10(smallest)), np.log10(places.max()) + 1)
     ticks = {smallest / 10: "nothing"} if 0 in stored else {}
-    ticks |= {size: f"{size:,.10g}" for size in decades}
+    ticks |= {size: f"{size:,.10g}" for size in decades if size > smallest / 4}
     ax.set_xticks(list(ticks), list(ticks.values()))
     ax.set_xticks([], minor=True)
     ax.set_xlabel("kept per task beside the backbone (kB)")
     ax.set_ylabel("average accuracy at the end (%)")
     members = [r for group in groups for r in group.results]
     figure.suptitle(titled("What an accuracy costs in storage", members))
-    text = counted(
-        "mean and 95 % Student interval over the seeds", [len(g.results) for g in groups]
-    )
+    text = counted("95 % Student intervals", [len(group.results) for group in groups])
     figure.supxlabel(text, fontsize=9, color=GREY)
     return figure
 
 
 def _draw_stored(ax: Axes, place: float, groups: list[Group]) -> None:
-    """Points that belong at one place, side by side around it, each with its name."""
-    found = [(*mean_interval(numbers(g.results, metric("average_accuracy"))), g) for g in groups]
-    found.sort(key=lambda point: point[0])
-    shifts = 1.12 ** (np.arange(len(found)) - (len(found) - 1) / 2)
-    for (accuracy, half, group), shift in zip(found, shifts, strict=True):
+    """Points that belong at one place, the lowest first, side by side around it."""
+    for shift, (accuracy, half, group) in zip(_shifts(len(groups)), _kept(groups), strict=True):
         ax.errorbar(
             [place * shift],
             [accuracy],
@@ -97,11 +100,29 @@ def _draw_stored(ax: Axes, place: float, groups: list[Group]) -> None:
             markersize=8,
             capsize=4,
         )
-    heights = _spread([accuracy for accuracy, _, _ in found], gap=1.0)
+
+
+def _name_stored(ax: Axes, place: float, groups: list[Group]) -> None:
+    """Their names to the right of them, apart from each other."""
+    found = _kept(groups)
+    low, high = ax.get_ylim()
+    line = (high - low) / 32  # of text
+    gap = line * (1 + max(group.label.count("\n") for group in groups)) * 1.1
+    heights = _spread([accuracy for accuracy, _, _ in found], gap)
+    at = place * _shifts(len(groups))[-1] * 1.15
     for (_, _, group), height in zip(found, heights, strict=True):
-        name = " ".join(group.label.split())
-        at = (place * shifts[-1] * 1.15, height)
-        ax.annotate(name, at, va="center", size=9, color=GREY, annotation_clip=False)
+        ax.text(at, height, group.label, va="center", size=9, color=GREY, linespacing=1.0)
+
+
+def _kept(groups: list[Group]) -> list[tuple[float, float | None, Group]]:
+    """Mean accuracy, half width and group, ascending."""
+    found = [(*mean_interval(numbers(g.results, metric("average_accuracy"))), g) for g in groups]
+    return sorted(found, key=lambda point: point[0])
+
+
+def _shifts(count: int) -> np.ndarray:
+    """Factors that set points at one place of a logarithmic axis side by side."""
+    return 1.12 ** (np.arange(count) - (count - 1) / 2)
 
 
 def _spread(heights: list[float], gap: float) -> np.ndarray:

@@ -83,7 +83,7 @@ def report():
     costs["benchmark"]["protocol"] = {"max_length": 256}
     growth = [
         {"what": "update", "parameters": parameters, "tasks": tasks, "ratio": 1.0}
-        for parameters, tasks in ((10_000_000, 5), (20_000_000, 5), (10_000_000, 1))
+        for parameters, tasks in ((10_000_000, 5), (20_000_000, 5), (20_000_000, 1))
     ]
     return CostReport(device="cpu", model={"layers": 1}, costs=costs, growth=growth)
 

@@ -59,12 +59,16 @@ def _total(left: list[tuple[Protocol, list[list[int]]]], device: torch.device) -
     for protocol, stages in left:
         strategy = STRATEGIES[protocol.strategy]
         for stage in stages:
-            batches = strategy.further_batches(protocol) | {
-                "step": inputs.training_batches(
-                    strategy.rows(stage, inputs.train, protocol), protocol
-                ),
-                "evaluate": inputs.evaluation_batches(stage[-1], protocol),
-            }
+            batches = (
+                {"fit": protocol.head_steps or 0}
+                | strategy.further_batches(protocol)
+                | {
+                    "step": inputs.training_batches(
+                        strategy.rows(stage, inputs.train, protocol), protocol
+                    ),
+                    "evaluate": inputs.evaluation_batches(stage[-1], protocol),
+                }
+            )
             total += sum(seconds[what] * count for what, count in batches.items())
         if strategy.drifts:
             drift = len(groups(inputs.backbone.model, {})) * inputs.evaluation_batches(0, protocol)

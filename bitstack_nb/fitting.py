@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bitstack_nb import ranks
+from bitstack_nb.eligible import trainable_heads
 from bitstack_nb.importance import batch_loss, check_seen, undisturbed
 from bitstack_nb.rng import undisturbed_rng
 
@@ -71,6 +72,19 @@ def drawn(
         batches = list(islice(loader, count))
     check_seen(len(batches))
     return batches
+
+
+def fit_head(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, Any]],
+    *,
+    steps: int,
+    learning_rate: float = HEAD_LEARNING_RATE,
+) -> None:
+    """``fit_heads`` of the head in the model on a loader's first batches, one a step."""
+    heads = trainable_heads(model)
+    batches = drawn(loader, steps, heads[0].device)
+    fit_heads(model, heads, batches, steps=steps, learning_rate=learning_rate)
 
 
 @contextmanager

@@ -251,7 +251,7 @@ _CHOICES = {
     "strength": (float, Protocol.strength, "of the penalty of ewc"),
     "rank": (int, Protocol.rank, "of the adapters of lora"),
     "replay_size": (int, Protocol.replay_size, "examples that replay keeps of a task"),
-    "head_steps": (int, Protocol.head_steps, "steps of lora and single on a new head alone"),
+    "head_steps": (int, Protocol.head_steps, "steps on a new task's head alone, before all"),
 }
 # Those that `cost padding` takes.
 _PADDED = ("model", "data", "train_size", "test_size", "epochs")

@@ -31,17 +31,19 @@ STRATEGIES = (
     "single",
     "joint",
 )
-_LOCKING = ("sparsity", "budget", "n_batches", "importance")
+_LOCKING = ("sparsity", "budget", "n_batches", "importance", "head_steps")
 # Settings that mean something to some strategies only; they are left out of the others' record, so
 # that fine-tuning at two sparsities is one run.
 OWN_SETTINGS = {
+    "finetune": ("head_steps",),
     "bitstack": _LOCKING,
     "bitstack-strict": _LOCKING,
     "random-mask": _LOCKING,
     "magnitude-mask": _LOCKING,
     "recall": ("sparsity", "n_batches", "importance"),
-    "ewc": ("strength", "n_batches"),
-    "replay": ("replay_size",),
+    "frozen": ("head_steps",),
+    "ewc": ("strength", "n_batches", "head_steps"),
+    "replay": ("replay_size", "head_steps"),
     "lora": ("rank", "head_steps"),
     "single": ("head_steps",),
 }
@@ -90,8 +92,8 @@ class Protocol:
         head_learning_rate: of the heads, if it is another than the backbone's.
         strength: of the penalty of ``ewc``.
         rank: of the adapters of ``lora``.
-        head_steps: steps of ``lora`` and ``single`` on a new task's head alone, before the others:
-            what ``recall`` takes 32 of, and they none.
+        head_steps: steps on a new task's head alone, before it is trained; none if None.
+            ``recall`` always takes 32, ``joint`` knows no new task.
         replay_size: examples of each earlier task that ``replay`` trains on again.
         sampling: ``stratified`` (drawn) or ``head`` (the published slices).
         evaluate_on: ``test``, or ``heldout`` training data, for choosing settings.

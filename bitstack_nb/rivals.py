@@ -17,9 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.pytorch_utils import Conv1D
 
 from bitstack_nb import ranks
-from bitstack_nb.eligible import trainable_heads
 from bitstack_nb.finetune import FineTune, n_bytes
-from bitstack_nb.fitting import HEAD_LEARNING_RATE, drawn, fit_heads
 from bitstack_nb.importance import measure
 from bitstack_nb.protocol import Protocol
 from bitstack_nb.rng import undisturbed_rng
@@ -36,29 +34,10 @@ class Frozen(FineTune):
             self.model.base_model.requires_grad_(False)
 
 
-class _HeadFirst(FineTune):
-    """Fits the task's head for ``head_steps`` steps before it trains, if asked to.
-
-    Exact recall does, to measure importance under it, and starts its training from there.
-    """
+class Single(FineTune):
+    """One fine-tuned model per task, each from the base: the upper bound, T times the weights."""
 
     drifts = False
-
-    @staticmethod
-    def further_batches(protocol: Protocol) -> dict[str, int]:
-        """Those that the head is fitted on."""
-        return {"fit": protocol.head_steps} if protocol.head_steps else {}
-
-    def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
-        """Fit the head on the backbone as it stands."""
-        if steps := self.protocol.head_steps:
-            heads = trainable_heads(self.model)
-            batches = drawn(loader, steps, heads[0].device)
-            fit_heads(self.model, heads, batches, steps=steps, learning_rate=HEAD_LEARNING_RATE)
-
-
-class Single(_HeadFirst):
-    """One fine-tuned model per task, each from the base: the upper bound, T times the weights."""
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:
         super().__init__(model, protocol)
@@ -68,7 +47,6 @@ class Single(_HeadFirst):
     def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
         """Put the backbone back to the base."""
         self.model.base_model.load_state_dict(self._base)
-        super().before_stage(number, loader)
 
     def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
         """Keep the task's backbone."""
@@ -225,12 +203,14 @@ class _AddToLoss(TrainerCallback):
         output["loss"] = output["loss"] + self._term()
 
 
-class Adapters(_HeadFirst):
+class Adapters(FineTune):
     """LoRA: a low-rank adapter per task beside every linear layer of the backbone, which is frozen.
 
     Hu et al. (2021), "LoRA: Low-Rank Adaptation of Large Language Models", by the package peft,
     with ``lora_alpha`` twice the rank and no dropout.
     """
+
+    drifts = False
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:
         super().__init__(model, protocol)
@@ -253,7 +233,6 @@ class Adapters(_HeadFirst):
     def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
         """Let the task's adapter in, and let it alone be trained."""
         self._show(number)
-        super().before_stage(number, loader)
 
     @contextmanager
     def model_of(self, task: int) -> Iterator[nn.Module]:

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from bitstack_nb import drift, metrics, ranks, stages
+from bitstack_nb.fitting import fit_head
 from bitstack_nb.heads import Heads
 from bitstack_nb.inputs import load_inputs
 from bitstack_nb.protocol import Protocol
@@ -101,6 +102,8 @@ class TaskSequence:
         model = self._module(rows)
         with self._timed("begin"):
             self.strategy.before_stage(number, self._loader(number, rows))
+            if self.protocol.head_steps:
+                self._fit_head(number, stage)
         with self._timed("train"):
             steps = train(
                 model,
@@ -112,6 +115,13 @@ class TaskSequence:
                 callbacks=[*self.strategy.callbacks(), ProgressBar(bar)],
             )
         self.numbers["steps"].append(steps)
+
+    def _fit_head(self, number: int, stage: list[int]) -> None:
+        """Fit the new task's head, as ``begin`` of exact recall does."""
+        (task,) = stage
+        model = self.heads.use(self.protocol.tasks[task].name)
+        own = self._loader(number, {task: self.train_data[task]})
+        fit_head(model, own, steps=self.protocol.head_steps)
 
     def _lock(self, number: int, stage: list[int]) -> None:
         with self._timed("update"):

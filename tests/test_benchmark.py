@@ -16,6 +16,7 @@ from toy_data import TASK, write_toy
 
 from bitstack_nb import Protocol, Result, Task, load_results, run, sequence, stack, training
 from bitstack_nb.backbones import collate, encode, load_backbone
+from bitstack_nb.fitting import fit_head
 from bitstack_nb.heads import Heads
 from bitstack_nb.inputs import load_inputs
 from bitstack_nb.protocol import STRATEGIES as PROTOCOL_STRATEGIES
@@ -58,6 +59,29 @@ def test_matrix_is_measured_where_it_can_be(results, strategy):
             measured = trained in rows and task <= trained
             assert (matrix[trained][task] is not None) == measured
     assert all(0 <= a <= 100 for row in matrix for a in row if a is not None)
+
+
+@pytest.mark.parametrize("strategy", ["finetune", "replay"])
+def test_a_new_head_is_fitted_on_its_own_task_before_training(tmp_path, monkeypatch, strategy):
+    """Replay mixes other tasks' rows into training, but not into this."""
+    protocol = SMALL.with_strategy(strategy, head_steps=8)
+    seen = []
+
+    def watched(model, batches, *, steps):
+        seen.append((steps, {int(label) for batch in batches for label in batch["labels"]}))
+        return fit_head(model, batches, steps=steps)
+
+    monkeypatch.setattr(sequence, "fit_head", watched)
+    fitted = run(protocol, output=tmp_path)
+    assert [steps for steps, _ in seen] == [8] * 3
+    assert [max(labels) for _, labels in seen] == [1, 3, 13]
+    plain = run(replace(protocol, head_steps=None), output=tmp_path)
+    assert len(seen) == 3 and plain.matrix != fitted.matrix
+
+
+def test_recall_fits_heads_anyway_and_joint_training_knows_no_new_one():
+    for strategy in ("recall", "joint"):
+        assert SMALL.with_strategy(strategy, head_steps=4) == SMALL.with_strategy(strategy)
 
 
 def test_a_mixed_batch_is_scored_by_each_rows_own_head():

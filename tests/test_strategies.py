@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from bitstack_nb import BitStack, Protocol
+from bitstack_nb.fitting import fit_head
 from bitstack_nb.rivals import kept_rows, single_examples
 from bitstack_nb.stacked import small_parameters
 from bitstack_nb.strategies import STRATEGIES
@@ -105,20 +106,15 @@ def test_every_single_model_starts_from_the_base():
     assert same(base, backbone(model))
 
 
-@pytest.mark.parametrize("name", ["single", "lora"])
-def test_head_steps_fit_the_head_and_nothing_else(name):
-    """As exact recall does before it measures: the same steps give the same head."""
-    fitted = {}
-    for strategy in (make(name, tiny.bert(), head_steps=4), make(name, tiny.bert())):
-        model, base = strategy.model, backbone(strategy.model)
-        head = tiny.snapshot(model.classifier)
-        strategy.before_stage(0, tiny.batches(2, seed=0))
-        assert same(base, backbone(model))
-        fitted[strategy.protocol.head_steps] = tiny.snapshot(model.classifier)
-    assert same(head, fitted[None]) and not same(head, fitted[4])
+def test_a_head_is_fitted_as_exact_recall_fits_it():
+    """And nothing else moves."""
+    model, batches = tiny.bert(), tiny.batches(2, seed=0)
+    base, head = backbone(model), tiny.snapshot(model.classifier)
+    fit_head(model, batches, steps=4)
+    assert same(base, backbone(model)) and not same(head, tiny.snapshot(model.classifier))
     recall = BitStack(tiny.bert(), 0.2, mode="recall")
-    recall.begin(tiny.batches(2, seed=0), head_steps=4)
-    assert same(fitted[4], tiny.snapshot(recall.export(None).classifier))
+    recall.begin(batches, head_steps=4)
+    assert same(tiny.snapshot(model.classifier), tiny.snapshot(recall.export(None).classifier))
 
 
 def test_lora_leaves_the_global_generator_alone_and_draws_by_the_seed():

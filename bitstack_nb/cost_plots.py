@@ -36,6 +36,8 @@ def cost_growth(report: CostReport) -> Figure:
         for ax, (against, rows) in zip(axes[line], panels.items(), strict=True):
             own = [row for row in rows if row["what"] == what]
             _draw(ax, own, against, colour=COLOURS[line], limit=LIMITS[what][1])
+        highest = max(row["ratio"] for row in report.growth if row["what"] == what)
+        axes[line][0].set_ylim(0, 1.15 * max(highest, LIMITS[what][1]))  # of both: they share it
         axes[line][0].set_ylabel(f"{what} /\n{LIMITS[what][0]}")
     for ax, against in zip(axes[0], panels, strict=True):
         ax.set_title(_TITLES[against].format(most / 1e6))
@@ -56,4 +58,3 @@ def _draw(
     points = sorted((row[against] / scale, row["ratio"]) for row in rows)
     ax.plot(*zip(*points, strict=True), "o-", color=colour, markersize=5)
     ax.axhline(limit, color=GREY, linestyle="--", linewidth=1)
-    ax.set_ylim(bottom=0)

@@ -133,7 +133,9 @@ def test_padded_texts_are_longer_and_mean_the_same(name, folders):
 
 
 def test_growth_is_drawn_against_parameters_and_tasks(report):
+    report.growth[-1]["ratio"] = 1.5  # higher than all that the panel beside it has
     left, right = cost_growth(report).axes
+    assert left.get_ylim() == right.get_ylim() and left.get_ylim()[1] > 1.5
     assert list(left.lines[0].get_xdata()) == [10, 20]
     assert list(right.lines[0].get_xdata()) == [1, 5]
     with pytest.raises(ResultError, match="no growth"):

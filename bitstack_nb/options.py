@@ -28,7 +28,7 @@ ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)
 # Each is drawn by itself: their protocols differ in more than a figure's labels can say.
 RECORDED = tuple(
     Path("results") / f"minilm-l6{name}"
-    for name in ("", "-ablation", "-stronger", "-evidence", "-same-rate")
+    for name in ("", "-ablation", "-stronger", "-evidence", "-plain-heads", "-same-rate")
 )
 RECORDED_COSTS = Path("results") / "cost"  # a file per device
 

@@ -67,8 +67,9 @@ def table(results: Iterable[Result]) -> pd.DataFrame:
 
     Columns: what ``configurations`` shows; ``seeds`` (how many); then each of COLUMNS and, as
     ``<column>_interval``, the half width of its 95 % Student interval, NaN for one seed. A mean is
-    NaN where a seed lacks it, but for time per step, which is of the seeds that have recorded it;
-    storage and time are left out where no run has. Raises ResultError as ``configurations`` does.
+    NaN where a seed lacks it, but for time per step, which is of the seeds that have recorded it.
+    Storage is left out where no run has recorded it, time unless all configurations have: some of
+    them would compare nothing. Raises ResultError as ``configurations`` does.
     """
     import pandas as pd
 
@@ -76,7 +77,8 @@ def table(results: Iterable[Result]) -> pd.DataFrame:
         item.shown | {"seeds": len(item.results)} | _averages(item.results)
         for item in configurations(results)
     )
-    unknown = [n for n in ("storage_per_task", "time_per_step") if frame[n].isna().all()]
+    unknown = ["storage_per_task"] if frame["storage_per_task"].isna().all() else []
+    unknown += ["time_per_step"] if frame["time_per_step"].isna().any() else []
     return frame.drop(columns=[f"{name}{end}" for name in unknown for end in ("", "_interval")])
 
 

@@ -267,6 +267,7 @@ def test_time_per_step_is_shown_where_a_run_has_counted_its_steps():
     others[0].metrics["average_accuracy"] = None
     means = table([timed, *others]).iloc[0]
     assert means["time_per_step"] == pytest.approx(200) and math.isnan(means["average_accuracy"])
+    assert "time_per_step" not in table([timed, make()])  # which has none to compare it with
     timed.times["step"][0] = None  # begun by a version that did not count
     assert "time_per_step" not in table([make(), timed])
 

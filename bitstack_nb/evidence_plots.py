@@ -72,8 +72,11 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
         g._replace(label=m) if methods.count(m) == 1 else g
         for g, m in zip(groups, methods, strict=True)
     ]
-    for same in together:
-        _name_stored(ax, places[same[0]], [short[at] for at in same])
+    # Names are longer than points are wide, so neighbours are named together.
+    order = np.argsort(places, kind="stable")
+    steps = np.flatnonzero(np.diff(np.log(places[order])) > np.log(2)) + 1
+    for near in np.split(order, steps):
+        _name_stored(ax, places[near[-1]], [short[at] for at in near])
     decades = 10.0 ** np.arange(np.floor(np.log10(smallest)), np.log10(places.max()) + 1)
     ticks = {smallest / 10: "nothing"} if 0 in stored else {}
     ticks |= {size: f"{size:,.10g}" for size in decades if size > smallest / 4}
@@ -103,7 +106,7 @@ def _draw_stored(ax: Axes, place: float, groups: list[Group]) -> None:
 
 
 def _name_stored(ax: Axes, place: float, groups: list[Group]) -> None:
-    """Their names to the right of them, apart from each other."""
+    """Names to the right of a place, apart from each other, with a mark each where several are."""
     found = _kept(groups)
     low, high = ax.get_ylim()
     line = (high - low) / 32  # of text
@@ -111,7 +114,17 @@ def _name_stored(ax: Axes, place: float, groups: list[Group]) -> None:
     heights = _spread([accuracy for accuracy, _, _ in found], gap)
     at = place * _shifts(len(groups))[-1] * 1.15
     for (_, _, group), height in zip(found, heights, strict=True):
-        ax.text(at, height, group.label, va="center", size=9, color=GREY, linespacing=1.0)
+        if len(groups) > 1:
+            ax.plot([at], [height], group.marker, color=group.colour, markersize=4)
+        ax.text(
+            at * (1.12 if len(groups) > 1 else 1),
+            height,
+            group.label,
+            va="center",
+            size=9,
+            color=GREY,
+            linespacing=1.0,
+        )
 
 
 def _kept(groups: list[Group]) -> list[tuple[float, float | None, Group]]:

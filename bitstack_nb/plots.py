@@ -191,6 +191,7 @@ def dots(
     lines = sum(label.count("\n") + 1.6 for label in labels)
     figure = Figure(1.5 + 0.16 * lines)
     axes = figure.subplots(1, len(panels), sharex=same_scale, sharey=True, squeeze=False)[0]
+    ticks = 6 if len(panels) < 4 else 4  # numbers of two digits and a sign, side by side
     for ax, panel in zip(axes, panels, strict=True):
         for row, at in enumerate(kept):
             if panel.values[at]:
@@ -199,7 +200,7 @@ def dots(
             ax.axvline(0, color=GREY, linewidth=1)
         ax.set_title(panel.title)
         ax.set_xlabel(panel.unit)
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 5, 10]))
         ax.grid(visible=False, axis="y")
     axes[0].set_yticks(range(len(kept)), labels)
     axes[0].set_ylim(len(kept) - 0.4, -0.6)

@@ -1,6 +1,7 @@
 """The benchmark under torchrun: shared batches, one result, the same matrix, resuming together."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -56,6 +57,7 @@ def benchmarked(folder) -> dict:
     }
     found = {name: run(p, output=folder / "unbroken") for name, p in protocols.items()}
     found["resumed"] = resumed(folder / "broken")
+    found["finished for one"] = finished_for_one(folder)
     with patch.object(training, "half_precision", lambda device: "bf16"):
         found["half"] = run(replace(BITSTACK, train_size=16), output=folder / "half")
     odd = dist.get_rank() == 1
@@ -83,6 +85,15 @@ def resumed(folder):
     with patch.object(sequence, "train", dying), pytest.raises(Killed):
         run(BITSTACK, output=folder)
     return run(BITSTACK, output=folder)
+
+
+def finished_for_one(folder):
+    """A run that rank 1 alone finds finished, as where a shared folder lags behind."""
+    own = folder / f"rank-{dist.get_rank()}"
+    if dist.get_rank() == 1:
+        own.mkdir()
+        shutil.copy(folder / "unbroken" / f"{BITSTACK.name}.json", own)
+    return run(BITSTACK, output=own)
 
 
 def error_of(protocol, output) -> str:
@@ -138,7 +149,10 @@ def gradient_of_a_step() -> float:
     return seen.norm
 
 
-@pytest.mark.parametrize("run_of", ["bitstack", "joint", "recall", "resumed", "half"])
+ALIKE = ["bitstack", "joint", "recall", "resumed", "finished for one", "half"]
+
+
+@pytest.mark.parametrize("run_of", ALIKE)
 def test_every_rank_ends_with_the_same(ranks, run_of):
     one, other = (rank[run_of] for rank in ranks)
     assert one.matrix == other.matrix

@@ -191,7 +191,7 @@ def dots(
     lines = sum(label.count("\n") + 1.6 for label in labels)
     figure = Figure(1.5 + 0.16 * lines)
     axes = figure.subplots(1, len(panels), sharex=same_scale, sharey=True, squeeze=False)[0]
-    ticks = 6 if len(panels) < 4 else 4  # numbers of two digits and a sign, side by side
+    ticks = 6 if len(panels) < 4 else 5  # numbers of two digits and a sign, side by side
     for ax, panel in zip(axes, panels, strict=True):
         for row, at in enumerate(kept):
             if panel.values[at]:

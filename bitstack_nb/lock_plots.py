@@ -32,6 +32,7 @@ from bitstack_nb.results import Result, ResultError
 
 OUTSIDE = "other"
 _LEFT = "0.95"
+_LEGEND_COLUMNS = 3
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -274,7 +275,8 @@ def capacity(locks: Iterable[Result] | pd.DataFrame) -> Figure:
             for g in groups
         }
     lines = sum(label.count("\n") + 1.6 for label in bars)
-    figure = Figure(1.7 + 0.16 * lines)
+    legend = max(2, math.ceil((len(tasks) + 1) / _LEGEND_COLUMNS))
+    figure = Figure(1.3 + 0.2 * legend + 0.16 * lines)
     ax = figure.subplots()
     colours = SHARES(np.linspace(0.25, 0.9, len(tasks)))
     notes = [_draw_bar(ax, row, seeds, colours) for row, seeds in enumerate(bars.values())]
@@ -287,7 +289,7 @@ def capacity(locks: Iterable[Result] | pd.DataFrame) -> Figure:
         for task, colour in zip(tasks, colours, strict=True)
     ]
     patches.append(Patch(color=_LEFT, label="left"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=patches, loc="outside lower center", ncols=_LEGEND_COLUMNS, frameon=False)
     figure.suptitle(titled("Capacity used by each task, and left", members))
     return figure
 

@@ -110,10 +110,14 @@ def draw_shares(
     rows: Sequence[Any] | None,
     columns: Sequence[Any] | None,
 ) -> None:
-    """A heatmap of percentages [rows, columns] with its numbers, row 0 on top; NaN stays blank."""
+    """A heatmap of percentages [rows, columns], row 0 on top; NaN stays blank.
+
+    With its numbers, unless there are more columns than numbers have room beside each other.
+    """
     ax.pcolormesh(np.ma.masked_invalid(percent), vmin=0, vmax=100, cmap=SHARES, ec="white", lw=1)
+    numbered = percent.shape[1] <= 12
     for (row, column), value in np.ndenumerate(percent):
-        if np.isfinite(value):
+        if numbered and np.isfinite(value):
             colour = "white" if value > 60 else "black"
             at = {"ha": "center", "va": "center", "color": colour, "size": 9, "in_layout": False}
             ax.text(column + 0.5, row + 0.5, f"{value:.0f}", **at)

@@ -34,6 +34,7 @@ from bitstack_nb.results import Result, ResultError
 from bitstack_nb.tables import COLUMNS
 
 _UNITS = {"average_accuracy": "%", "learning_accuracy": "%", "forgetting": "points"}
+_PANELS = 5  # side by side
 _INTERVALS = "mean and 95 % Student interval over n seeds (3 or more); small dots: single seeds"
 
 
@@ -47,11 +48,12 @@ def accuracy_matrices(results: Iterable[Result]) -> Figure:
     groups = [g for g in grouped(results) if all(r.matrix is not None for r in g.results)]
     if not groups:
         raise ResultError("no result has an accuracy matrix: give measured ones")
-    columns = min(3, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    figure = Figure(1.2 + 2.8 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     tasks = [shared_task_names(group.results) for group in groups]
+    many = max(map(len, tasks)) > 10
+    columns = min(2 if many else 3, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    figure = Figure(1.2 + (4.2 if many else 2.8) * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for at, (group, ax) in enumerate(zip(groups, axes, strict=False)):
         mean = np.mean([accuracy_matrix(r.matrix) for r in group.results], axis=0)
         # Not where the panel to the left, or the one below, has the same.
@@ -60,7 +62,7 @@ def accuracy_matrices(results: Iterable[Result]) -> Figure:
         draw_shares(
             ax, mean, rows=tasks[at] if left else None, columns=tasks[at] if below else None
         )
-        ax.tick_params("x", rotation=45)
+        ax.tick_params("x", rotation=90 if many else 45)
         ax.set_title(counted(group.label, [len(group.results)]))
         ax.set_ylabel("after training" if at % columns == 0 else "")
         ax.set_xlabel("accuracy on" if at + columns >= len(groups) else "")
@@ -189,19 +191,27 @@ def dots(
         seeds = [len(panel.values[at]) for panel in panels if panel.values[at]]
         labels.append(counted(groups[at].label, seeds))
     lines = sum(label.count("\n") + 1.6 for label in labels)
-    figure = Figure(1.5 + 0.16 * lines)
-    axes = figure.subplots(1, len(panels), sharex=same_scale, sharey=True, squeeze=False)[0]
-    ticks = 6 if len(panels) < 4 else 5  # numbers of two digits and a sign, side by side
-    for ax, panel in zip(axes, panels, strict=True):
+    columns = min(_PANELS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(0.9 + (0.6 + 0.16 * lines) * rows)
+    axes = figure.subplots(rows, columns, sharex=same_scale, sharey=True, squeeze=False).ravel()
+    ticks = 6 if columns < 4 else 5  # numbers of two digits and a sign, side by side
+    for place, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
         for row, at in enumerate(kept):
             if panel.values[at]:
                 draw_dots(ax, row, groups[at], panel.values[at])
         if zero:
             ax.axvline(0, color=GREY, linewidth=1)
+            if not any(any(v) for p in (panels if same_scale else [panel]) for v in p.values):
+                ax.set_xlim(-1, 1)  # or rounding errors would be the scale
         ax.set_title(panel.title)
-        ax.set_xlabel(panel.unit)
+        if place + columns >= len(panels) or not same_scale:
+            ax.set_xlabel(panel.unit)
+            ax.tick_params("x", labelbottom=True)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 5, 10]))
         ax.grid(visible=False, axis="y")
+    for ax in axes[len(panels) :]:
+        ax.remove()
     axes[0].set_yticks(range(len(kept)), labels)
     axes[0].set_ylim(len(kept) - 0.4, -0.6)
     figure.suptitle(titled(title, (r for at in kept for r in groups[at].results)))

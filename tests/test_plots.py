@@ -65,6 +65,11 @@ OF_RESULTS = (
 )
 FIGURES = {draw.__name__: lambda draw=draw: draw(ALL) for draw in OF_RESULTS}
 FIGURES["lock_heatmaps"] = lambda: lock_heatmaps(BITSTACK[0])
+TWENTY = [f"dbpedia_{number}-{number + 1}" for number in range(20)]
+MANY_TASKS = [r for name in ("bitstack", "finetune", "single") for r in runs(name, tasks=TWENTY)]
+OF_TASKS = (accuracy_matrices, forgetting_per_task, capacity, task_differences)
+FIGURES |= {f"{draw.__name__}, 20 tasks": lambda draw=draw: draw(MANY_TASKS) for draw in OF_TASKS}
+FIGURES["lock_heatmaps, 20 tasks"] = lambda: lock_heatmaps(MANY_TASKS[0])
 every_figure = pytest.mark.parametrize("name", FIGURES)
 
 

@@ -202,13 +202,11 @@ def dots(
                 draw_dots(ax, row, groups[at], panel.values[at])
         if zero:
             ax.axvline(0, color=GREY, linewidth=1)
-            if not any(any(v) for p in (panels if same_scale else [panel]) for v in p.values):
-                ax.set_xlim(-1, 1)  # or rounding errors would be the scale
         ax.set_title(panel.title)
         if place + columns >= len(panels) or not same_scale:
             ax.set_xlabel(panel.unit)
             ax.tick_params("x", labelbottom=True)
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 5, 10]))
+        _set_scale(ax, panels if same_scale else [panel], ticks)
         ax.grid(visible=False, axis="y")
     for ax in axes[len(panels) :]:
         ax.remove()
@@ -217,6 +215,14 @@ def dots(
     figure.suptitle(titled(title, (r for at in kept for r in groups[at].results)))
     figure.supxlabel(_INTERVALS, fontsize=9, color=GREY)
     return figure
+
+
+def _set_scale(ax: Axes, panels: list[Panel], ticks: int) -> None:
+    """Few round ticks for what panels hold; around nothing but zeros, or rounding would show."""
+    zeros = not any(any(values) for panel in panels for values in panel.values)
+    if zeros:
+        ax.set_xlim(-1, 1)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=2 if zeros else ticks, steps=[1, 2, 5, 10]))
 
 
 def draw_dots(ax: Axes, row: int, group: Group, values: list[float]) -> None:

@@ -298,6 +298,14 @@ def test_comparison_shows_metrics_and_marks_what_was_published():
     assert row(figure.axes[2], "fine-tuning\npublished (gpt2), n = 1") == (14.5, None, [])
 
 
+def test_where_nothing_is_forgotten_the_scale_is_points():
+    """Before, it was that of rounding errors."""
+    exact = [replace(r, metrics=r.metrics | {"forgetting": 0.0}) for r in FINETUNE]
+    accuracy, _, forgetting = comparison(exact).axes
+    assert forgetting.get_xlim() == (-1, 1)
+    assert accuracy.get_xlim()[0] > 0
+
+
 def test_settings_that_differ_are_in_the_labels():
     slow = runs(learning_rate=5e-5)
     fast = runs(learning_rate=1e-4)

@@ -127,16 +127,17 @@ def test_the_readme_shows_the_costs_as_they_were_recorded(file):
     assert format_table(cost_table(report).round(3)) in README
 
 
-@pytest.mark.parametrize("folder", ["minilm-l6-evidence", "minilm-l6-plain-heads"])
+@pytest.mark.parametrize("folder", ["minilm-l6-evidence", "minilm-l6-twenty"])
 def test_the_readme_shows_the_comparison_as_it_was_recorded(folder):
     results = load_results(ROOT / "results" / folder)
     assert format_table(summary(results)) in README
 
 
-def test_recorded_recall_has_forgotten_nothing():
+@pytest.mark.parametrize("folder", ["minilm-l6-evidence", "minilm-l6-twenty"])
+def test_recorded_recall_has_forgotten_nothing(folder):
     recalled = [
         result
-        for result in load_results(ROOT / "results" / "minilm-l6-evidence")
+        for result in load_results(ROOT / "results" / folder)
         if result.protocol["strategy"] == "recall"
     ]
     assert recalled

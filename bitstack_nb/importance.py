@@ -26,6 +26,7 @@ IMPORTANCE: dict[str, Importance] = {
     "gradient-weight": lambda parameter, gradient: (parameter.float() * gradient.float()).abs(),
     "fisher": lambda parameter, gradient: gradient.float().square(),
 }
+RANDOM = "random"
 
 
 def measure(
@@ -46,6 +47,8 @@ def measure(
     adds in another order, and so rounds otherwise: its scores differ by less than ``n * 2^-23`` of
     themselves, and an entry that near to the threshold may be chosen by one and not by the other.
 
+    Importance ``"random"`` measures nothing: the scores are drawn, the same ones each time.
+
     Raises:
         ValueError: the loader is empty, a batch has no labels, no gradient arrives, or a score is
             NaN or infinite.
@@ -63,6 +66,8 @@ def measure(
         name: torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
         for name, p in parameters.items()
     }
+    if importance == RANDOM:
+        return scores | draw(trainable, seed=0)
     device = next(iter(parameters.values())).device
     seen = 0
     with ranks.agreed(), undisturbed(model, device):
@@ -75,6 +80,19 @@ def measure(
     ranks.add_up(scores)
     _check(scores)
     return scores
+
+
+def draw(parameters: Mapping[str, torch.Tensor], *, seed: int) -> dict[str, torch.Tensor]:
+    """Scores by chance, uniform up to 1, as :func:`measure` gives them: above 0, which is no score.
+
+    A seed draws the same on every device; the global random generators are left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    least = torch.finfo(torch.float32).tiny
+    return {
+        name: torch.rand(p.shape, generator=generator).clamp_(min=least).to(p.device)
+        for name, p in parameters.items()
+    }
 
 
 def check_batches(loader: Iterable[Mapping[str, Any]], n_batches: int) -> None:

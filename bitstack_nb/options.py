@@ -8,10 +8,9 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from bitstack_nb.importance import IMPORTANCE
 from bitstack_nb.protocol import OWN_SETTINGS, PRESETS, STRATEGIES, Protocol
 from bitstack_nb.sampling import SAMPLINGS
-from bitstack_nb.settings import BUDGETS
+from bitstack_nb.settings import BUDGETS, IMPORTANCES
 from bitstack_nb.sweep import BACKENDS
 from bitstack_nb.tasks import (
     AG_NEWS_BINARY,
@@ -242,7 +241,7 @@ def _one_of(known: Sequence[str]):
 
 # Options of which each combination is a run, for the strategies that have them.
 _CHOICES = {
-    "importance": (_one_of(tuple(IMPORTANCE)), "gradient", " or ".join(IMPORTANCE)),
+    "importance": (_one_of(IMPORTANCES["recall"]), "gradient", " or ".join(IMPORTANCES["recall"])),
     "budget": (_one_of(BUDGETS), "union", " or ".join(BUDGETS)),
     "sparsity": (float, Protocol.sparsity, "share a task locks"),
     "n_batches": (int, Protocol.n_batches, "batches that importance is measured on"),

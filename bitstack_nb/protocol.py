@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bitstack_nb.importance import RANDOM
 from bitstack_nb.sampling import SAMPLINGS
 from bitstack_nb.settings import check_settings
 from bitstack_nb.tasks import EVALUATIONS, FIVE_TASKS, Task, find_task
@@ -79,7 +80,8 @@ class Protocol:
             the upper bounds.
         sparsity, budget, n_batches, importance: of :class:`bitstack_nb.BitStack` and the controls;
             ignored by the others, but ``n_batches`` not by ``ewc``, which takes its Fisher from as
-            many examples, and ``budget`` by ``recall``. No importance is ``gradient``.
+            many examples, and ``budget`` by ``recall``. No importance is ``gradient``; ``random``,
+            for ``recall`` alone, takes no batches.
         model: ``tiny-gpt2`` (made on the spot), a Hub name or a folder.
         data: ``embedded`` (synthetic), ``hub``, or a folder of Parquet files.
         tasks: in training order; names of the known ones or own :class:`Task` objects.
@@ -151,7 +153,7 @@ class Protocol:
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay is {self.weight_decay!r}, expected a number from 0 on")
         self._check_own_settings()
-        own = OWN_SETTINGS.get(self.strategy, ())
+        own = self._own_settings()
         for name in {n for names in OWN_SETTINGS.values() for n in names}.difference(own):
             object.__setattr__(self, name, None)
         if self.importance == "gradient":
@@ -166,9 +168,15 @@ class Protocol:
             if value is not None and float(value).is_integer():
                 object.__setattr__(self, name, int(value))
 
+    def _own_settings(self) -> tuple[str, ...]:
+        """Those that mean something to the strategy; what is drawn is measured on no batches."""
+        own = OWN_SETTINGS.get(self.strategy, ())
+        drawn = "importance" in own and self.importance == RANDOM
+        return tuple(name for name in own if not (drawn and name == "n_batches"))
+
     def _check_own_settings(self) -> None:
         """Raise a ValueError for a setting that means something to the strategy and is wrong."""
-        own = OWN_SETTINGS.get(self.strategy, ())
+        own = self._own_settings()
         if "sparsity" in own:
             mode = {"budget": self.budget} if "budget" in own else {"mode": "recall"}
             check_settings(self.sparsity, importance=self.importance or "gradient", **mode)

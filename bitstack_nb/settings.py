@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from numbers import Real
 
-from bitstack_nb.importance import IMPORTANCE
+from bitstack_nb.importance import IMPORTANCE, RANDOM
 
 BUDGETS = ("union", "fresh")
-MODES = ("protect", "recall")
+# Of each mode. Protecting entries drawn by chance is a control, strategy "random-mask".
+IMPORTANCES = {"protect": tuple(IMPORTANCE), "recall": (*IMPORTANCE, RANDOM)}
+MODES = tuple(IMPORTANCES)
 
 
 def check_settings(
@@ -23,7 +25,7 @@ def check_settings(
     for what, value, known in (
         ("mode", mode, MODES),
         ("budget", budget, BUDGETS),
-        ("importance", importance, tuple(IMPORTANCE)),
+        ("importance", importance, IMPORTANCES.get(mode, ())),
     ):
         if value not in known:
             raise ValueError(f"{what} is {value!r}, expected one of {', '.join(known)}")

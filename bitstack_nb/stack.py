@@ -59,7 +59,8 @@ class BitStack:
             ``"fresh"`` behind the masks, so that each task locks new entries (the published
             text and the published code, in that order). Of mode ``"protect"`` only.
         importance: what is summed over batches: ``"gradient"``, its absolute value;
-            ``"gradient-weight"``, that of its product with the weight; ``"fisher"``, its square.
+            ``"gradient-weight"``, that of its product with the weight; ``"fisher"``, its square. Of
+            mode ``"recall"`` also ``"random"``: drawn, so that every task gets entries alike.
 
     Raises:
         ValueError: a setting is out of range, the model has no eligible entries, no head (mode
@@ -209,7 +210,7 @@ class BitStack:
 
         Args:
             loader: the task's batches, as for :meth:`update`.
-            n_batches: how many importance is measured on; fewer are fine.
+            n_batches: how many importance is measured on, if it is measured; fewer are fine.
             head_steps: Adam steps on the head, a batch each, from the first on again when they
                 are used up; 0 leaves the head as it is.
             head_learning_rate: of these steps.

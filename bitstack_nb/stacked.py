@@ -17,6 +17,7 @@ from bitstack_nb import storage
 from bitstack_nb.curves import CurveRecorder
 from bitstack_nb.finetune import FineTune, n_bytes
 from bitstack_nb.fitting import HEAD_STEPS
+from bitstack_nb.importance import draw
 from bitstack_nb.protocol import Protocol
 from bitstack_nb.select import top_masks
 from bitstack_nb.stack import BitStack
@@ -162,12 +163,7 @@ class RandomMask(_Control):
     """The control that says whether it matters which entries are locked, or only how many."""
 
     def _scores(self, number: int) -> dict[str, torch.Tensor]:
-        # On the CPU, so that a seed draws the same entries on every device.
-        generator = torch.Generator().manual_seed(1000 * self.protocol.seed + number)
-        return {
-            name: torch.rand(mask.shape, generator=generator).to(mask.device)
-            for name, mask in self._stack.masks.items()
-        }
+        return draw(self._stack.masks, seed=1000 * self.protocol.seed + number)
 
 
 class MagnitudeMask(_Control):
@@ -189,11 +185,11 @@ class ExactRecall(_Stacked):
     @staticmethod
     def further_batches(protocol: Protocol) -> dict[str, int]:
         """Those too that the head is fitted on."""
-        return {"measure": protocol.n_batches, "fit": HEAD_STEPS}
+        return {"measure": protocol.n_batches or 0, "fit": HEAD_STEPS}
 
     def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
         """Choose the task's entries."""
-        self._stack.begin(loader, n_batches=self.protocol.n_batches)
+        self._stack.begin(loader, n_batches=self.protocol.n_batches or 1)
 
     def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
         """Close the task."""

@@ -68,13 +68,20 @@ class RecallReference(Reference):
     """Exact recall: a bool mask and a full copy of the backbone per task."""
 
     def __init__(
-        self, model: nn.Module, names: list[str], *, sparsity: float, heads: list[str]
+        self,
+        model: nn.Module,
+        names: list[str],
+        *,
+        sparsity: float,
+        heads: list[str],
+        importance: str = "gradient",
     ) -> None:
         super().__init__(model, names, sparsity=sparsity, budget="fresh")
         self.heads = [model.get_parameter(name) for name in heads]
         self.base = {n: p.detach().clone() for n, p in model.named_parameters() if n not in heads}
         self.owned = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in self.parameters.items()}
         self.models: list[dict[str, Tensor]] = []
+        self.random = importance == "random"
 
     @torch.no_grad()
     def put(self, values: dict[str, Tensor]) -> None:
@@ -89,7 +96,7 @@ class RecallReference(Reference):
             optimizer.zero_grad()
             self.model(**loader[step % len(loader)]).loss.backward()
             optimizer.step()
-        scores = self.importance(loader)
+        scores = self.drawn() if self.random else self.importance(loader)
         for name, score in scores.items():
             score[self.owned[name]] = 0
         everything = torch.cat([score.flatten() for score in scores.values()])
@@ -101,6 +108,10 @@ class RecallReference(Reference):
             own, chosen = chosen[: parameter.numel()], chosen[parameter.numel() :]
             self.masks[name] = own.view(parameter.shape)
             self.owned[name] |= self.masks[name]
+
+    def drawn(self) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return {n: torch.rand(p.shape, generator=generator) for n, p in self.parameters.items()}
 
     def train(self, optimizer: torch.optim.Optimizer, loader: list, *, seed: int = 0) -> None:
         self.model.train()

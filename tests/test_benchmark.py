@@ -446,6 +446,9 @@ def test_names_depend_on_what_matters():
     assert union.name == replace(union, importance="gradient").name
     recall = SMALL.with_strategy("recall")
     assert recall.name == replace(recall, budget="fresh").name
+    drawn = replace(recall, importance="random")
+    assert drawn.name == replace(recall, importance="random", n_batches=8).name
+    assert drawn == Protocol.from_dict(drawn.to_dict()) and replace(drawn, seed=1).seed == 1
     more = {
         p.name
         for p in (recall, replace(recall, importance="fisher"), replace(recall, sparsity=0.2))
@@ -475,6 +478,7 @@ def test_names_depend_on_what_matters():
         ({"strategy": "bitstack", "budget": "new"}, "new.*fresh"),
         ({"strategy": "bitstack", "importance": "luck"}, "luck.*fisher"),
         ({"strategy": "recall", "importance": "luck"}, "luck.*fisher"),
+        ({"strategy": "bitstack", "importance": "random"}, "random.*fisher"),
         ({"strategy": "recall", "sparsity": 0.3}, r"sparsity is 0\.3.*5 tasks.*0\.2"),
         ({"head_learning_rate": 0}, "head_learning_rate is 0"),
         ({"strategy": "random-mask", "budget": "new"}, "new.*fresh"),

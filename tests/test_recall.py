@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import SGD
 
 from bitstack_nb import BitStack
+from bitstack_nb.settings import IMPORTANCES
 from bitstack_nb.stack import LockedEntriesMoved
 
 
@@ -29,13 +30,19 @@ class AgainstReference(RecallCase):
             with self.subTest(architecture):
                 self.compare(architecture, build)
 
-    def compare(self, architecture, build):
+    def test_random_entries(self):
+        build, _ = tiny.ARCHITECTURES["bert"]
+        self.compare("bert", build, importance="random")
+
+    def compare(self, architecture, build, **settings):
         model, plain_model = build(), build()
         names = tiny.expected_eligible(architecture, model)
         outside = ("classifier.", "score.", "pre_classifier.", "head.")
         heads = [n for n, _ in model.named_parameters() if n.startswith(outside)]
-        stack = recall_stack(model, 0.25)
-        plain = reference.RecallReference(plain_model, names, sparsity=0.25, heads=heads)
+        stack = recall_stack(model, 0.25, **settings)
+        plain = reference.RecallReference(
+            plain_model, names, sparsity=0.25, heads=heads, **settings
+        )
         optimizer, plain_optimizer = ADAMW(model.parameters()), ADAMW(plain_model.parameters())
         stack.attach(optimizer)
         for task in range(3):
@@ -444,14 +451,42 @@ class Budget(RecallCase):
 
     def test_importance_chooses(self):
         chosen = []
-        for importance in ("gradient", "gradient-weight", "fisher"):
+        for importance in IMPORTANCES["recall"]:
             model = tiny.plain()
             stack = recall_stack(model, 0.1, importance=importance)
             stack.begin(tiny.batches(3, seed=0), head_steps=0)
             chosen.append(torch.cat([mask.flatten() for mask in stack.masks.values()]))
-        self.assertFalse(torch.equal(chosen[0], chosen[1]))
-        self.assertFalse(torch.equal(chosen[0], chosen[2]))
+        for other in chosen[1:]:
+            self.assertFalse(torch.equal(chosen[0], other))
         self.assertEqual(len({int(mask.sum()) for mask in chosen}), 1)
+
+    def test_random_entries_are_alike_for_every_task(self):
+        """Each task gets the same share of every parameter, but for chance."""
+        _, stack = self.trained(sparsity=0.25, importance="random")
+        stack.begin(tiny.batches(2, seed=3), head_steps=0)
+        table, stats = stack.layer_table(), stack.stats()
+        everything = min(stats["eligible"], 4 * round(0.25 * stats["eligible"]))
+        self.assertEqual(stats["locked"], everything)
+        large = table[table["eligible"] > 500]
+        self.assertGreater(len(large), 0)
+        for share in large["added"] / large["eligible"]:
+            self.assertAlmostEqual(share, 0.25, delta=0.1)
+
+    def test_random_entries_do_not_depend_on_generators_or_data(self):
+        chosen = []
+        for seed in range(2):
+            stack = recall_stack(importance="random")
+            torch.manual_seed(seed)
+            stack.begin(tiny.batches(2, seed=seed), n_batches=1 + seed)
+            chosen.append(stack.masks)
+        for name, mask in chosen[0].items():
+            self.assertTrue(torch.equal(mask, chosen[1][name]), name)
+        scores = stack.measure(tiny.batches(1, seed=0))
+        self.assertTrue(all((score > 0).all() for score in scores.values()))
+
+    def test_random_entries_cannot_be_protected(self):
+        with self.assertRaisesRegex(ValueError, "importance is 'random', expected.*fisher"):
+            BitStack(tiny.plain(), importance="random")
 
     def test_layer_table(self):
         _, stack = self.trained()

@@ -172,7 +172,8 @@ def names(settings: list[dict[str, Any]]) -> list[str]:
     """What tells configurations apart: the strategy on a line, further settings below it.
 
     Sparsities and data are named where they differ at all; other settings, such as the learning
-    rate that was tuned for a strategy, where nothing else tells two configurations apart.
+    rate that was tuned for a strategy, where nothing else tells two configurations apart, and then
+    one of them, if one does.
     """
     return [_name(entries, _told_apart(entries, settings)) for entries in settings]
 
@@ -182,7 +183,9 @@ def _told_apart(entries: dict[str, Any], settings: list[dict[str, Any]]) -> set[
     named = ("strategy", "budget", "sparsity", "data")
     alike = [o for o in settings if all(o.get(n) == entries.get(n) for n in named)]
     widely = {n for n in ("sparsity", "data") if len({o.get(n) for o in settings} - {None}) > 1}
-    return widely | {n for n in entries if len({o.get(n) for o in alike}) > 1}
+    differing = [n for n in entries if len({o.get(n) for o in alike}) > 1]
+    unique = [n for n in differing if [o.get(n) for o in alike].count(entries[n]) == 1]
+    return widely.union(unique[:1] or differing)
 
 
 def _name(settings: dict[str, Any], told_apart: set[str]) -> str:

@@ -318,6 +318,15 @@ def test_settings_that_differ_are_in_the_labels():
     assert "BitStack union\nsparsity 0.4, n = 3" in labels and "fine-tuning, n = 3" in labels
 
 
+def test_labels_name_one_setting_where_one_tells_configurations_apart():
+    """An importance that the protocol leaves out is gradient."""
+    own = {"sparsity": 0.05, "learning_rate": 5e-4}
+    measured = runs("recall", n_batches=8, **own)
+    drawn = runs("recall", importance="random", **own)
+    labels = [t.get_text() for t in comparison(measured + drawn).axes[0].get_yticklabels()]
+    assert labels == [f"exact recall\nimportance {name}, n = 3" for name in ("gradient", "random")]
+
+
 def test_differences_pair_the_seeds_with_the_same_settings():
     slow = [*runs(learning_rate=5e-5), *runs("finetune", learning_rate=5e-5)]
     fast = [*runs(learning_rate=1e-4), *runs("finetune", learning_rate=1e-4)[1:]]

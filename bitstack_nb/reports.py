@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # What the summary leaves out of the table.
 _LEFT_OUT = ("forgetting_chaudhry", "first_task_after_last", "locked_of_all", "locked_of_eligible")
 # What names a row of it; then what must be said where it is there.
-_NAMED = ["strategy", "sparsity", "budget", "data", "published"]
+_TOLD_BY = ["strategy", "sparsity", "budget", "importance"]
+_NAMED = [*_TOLD_BY, "data", "published"]
 _NOTE = (
     "In percent or points: mean ± half width of the 95 % Student interval over the seeds. Written "
     "by `python -m bitstack_nb figures`."
@@ -33,12 +34,12 @@ def summary(results: list[Result]) -> pd.DataFrame:
     """The comparison in one table, best first; ``tables.readable`` shows it.
 
     As ``tables.table``, with less of it (settings, such as a tuned learning rate, only where
-    strategy, sparsity and budget do not tell the rows apart), and with ``minus_separate_models``:
-    the average accuracy less that of separate models on the same seeds, in points, NaN where there
-    is no such pair.
+    strategy, sparsity, budget and importance do not tell the rows apart), and with
+    ``minus_separate_models``: the average accuracy less that of separate models on the same seeds,
+    in points, NaN where there is no such pair.
     """
     frame = table(results)
-    if not frame.duplicated(_NAMED[:3]).any():
+    if not frame.duplicated(frame.columns.intersection(_TOLD_BY)).any():
         settings = frame.columns[: frame.columns.get_loc("seeds")]
         frame = frame.drop(columns=settings.difference(_NAMED))
     found = [_to_single(item.results, results) for item in configurations(results)]

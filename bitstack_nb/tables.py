@@ -142,7 +142,7 @@ def provenance_table(results: Iterable[Result]) -> pd.DataFrame:
 def _configuration(result: Result) -> dict[str, Any]:
     """The protocol less what belongs to the seed, and whether the numbers are published ones."""
     entries = {k: v for k, v in result.protocol.items() if k != "seed" and v is not None}
-    if "sparsity" in entries:
+    if "sparsity" in entries and entries["strategy"] not in ("random-mask", "magnitude-mask"):
         entries.setdefault("importance", "gradient")  # what a protocol without one means
     if "tasks" in entries:
         entries["tasks"] = sorted(entries["tasks"], key=lambda task: task["name"])

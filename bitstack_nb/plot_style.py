@@ -145,55 +145,60 @@ class Group(NamedTuple):
 def grouped(results: Iterable[Result]) -> list[Group]:
     """Configurations in the order of ``tables.table``: measured ones, then published ones.
 
-    A colour and marker stand for a strategy and budget, grey and a diamond for what was published
-    elsewhere.
+    A colour and marker stand for a method (strategy, budget, importance), grey and a diamond for
+    what was published elsewhere.
     Raises ResultError as ``tables.configurations`` does.
     """
     results = list(results)
     if not results:
         raise ResultError("there are no results to draw: give at least one")
     groups: list[Group] = []
-    marks: dict[tuple[Any, Any], tuple[Any, str]] = {}
+    marks: dict[tuple[Any, ...], tuple[Any, str]] = {}
     # Apart, because a published protocol differs in everything and would lengthen every label.
     for published in (False, True):
         own = [result for result in results if is_published(result) == published]
         items = configurations(own) if own else []
         for label, item in zip(names([i.shown for i in items]), items, strict=True):
-            method = (item.shown["strategy"], item.shown["budget"])
             further, at = divmod(len(marks), len(COLOURS))
-            mark = marks.setdefault(method, (COLOURS[at], MARKERS[further % len(MARKERS)]))
+            own_mark = COLOURS[at], MARKERS[further % len(MARKERS)]
+            mark = marks.setdefault(_method(item.shown), own_mark)
             mark = (GREY, "D") if published else mark
             model = f" ({item.results[0].protocol.get('model')})" if published else ""
             groups.append(Group(label + model, *mark, item.shown, item.results))
     return groups
 
 
+_METHOD = ("strategy", "budget", "importance")
+
+
+def _method(settings: dict[str, Any]) -> tuple[Any, ...]:
+    """What a colour stands for; importance by gradient, the published one, goes without saying."""
+    return tuple(None if (v := settings.get(name)) == "gradient" else v for name in _METHOD)
+
+
 def names(settings: list[dict[str, Any]]) -> list[str]:
-    """What tells configurations apart: the strategy on a line, further settings below it.
+    """What tells configurations apart: the method on a line, further settings below it.
 
     Sparsities and data are named where they differ at all; other settings, such as the learning
-    rate that was tuned for a strategy, where nothing else tells two configurations apart, and then
-    one of them, if one does.
+    rate that was tuned for a strategy, where nothing else tells two configurations apart.
     """
     return [_name(entries, _told_apart(entries, settings)) for entries in settings]
 
 
 def _told_apart(entries: dict[str, Any], settings: list[dict[str, Any]]) -> set[str]:
     """The settings that a configuration's label has to name."""
-    named = ("strategy", "budget", "sparsity", "data")
+    named = (*_METHOD, "sparsity", "data")
     alike = [o for o in settings if all(o.get(n) == entries.get(n) for n in named)]
     widely = {n for n in ("sparsity", "data") if len({o.get(n) for o in settings} - {None}) > 1}
-    differing = [n for n in entries if len({o.get(n) for o in alike}) > 1]
-    unique = [n for n in differing if [o.get(n) for o in alike].count(entries[n]) == 1]
-    return widely.union(unique[:1] or differing)
+    return widely | {n for n in entries if len({o.get(n) for o in alike}) > 1}
 
 
 def _name(settings: dict[str, Any], told_apart: set[str]) -> str:
-    strategy, budget = settings["strategy"], settings["budget"]
-    head = " ".join(filter(None, [_STRATEGIES.get(strategy, strategy), budget]))
+    strategy, *kind = _method(settings)
+    head = " ".join(filter(None, [_STRATEGIES.get(strategy, strategy), *kind]))
     further = []
     for name, value in settings.items():
-        if name in ("strategy", "budget") or value is None:
+        if name in _METHOD or value is None:
             continue
         if name == "published":
             further.append(name)

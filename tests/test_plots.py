@@ -27,7 +27,7 @@ from bitstack_nb.lock_plots import ablation, capacity, lock_heatmaps, mask_bytes
 from bitstack_nb.metrics import forgetting_per_task as points_lost
 from bitstack_nb.metrics import mean_interval
 from bitstack_nb.options import RECORDED, RECORDED_COSTS
-from bitstack_nb.plot_style import DPI, Figure, png
+from bitstack_nb.plot_style import DPI, Figure, grouped, png
 from bitstack_nb.plots import (
     accuracy_matrices,
     comparison,
@@ -318,13 +318,14 @@ def test_settings_that_differ_are_in_the_labels():
     assert "BitStack union\nsparsity 0.4, n = 3" in labels and "fine-tuning, n = 3" in labels
 
 
-def test_labels_name_one_setting_where_one_tells_configurations_apart():
-    """An importance that the protocol leaves out is gradient."""
+def test_importance_other_than_by_gradient_is_part_of_the_method():
+    """In the label's first line, with a colour of its own."""
     own = {"sparsity": 0.05, "learning_rate": 5e-4}
     measured = runs("recall", n_batches=8, **own)
     drawn = runs("recall", importance="random", **own)
     labels = [t.get_text() for t in comparison(measured + drawn).axes[0].get_yticklabels()]
-    assert labels == [f"exact recall\nimportance {name}, n = 3" for name in ("gradient", "random")]
+    assert labels == ["exact recall, n = 3", "exact recall random, n = 3"]
+    assert len({group.colour for group in grouped(measured + drawn)}) == 2
 
 
 def test_differences_pair_the_seeds_with_the_same_settings():

@@ -43,6 +43,7 @@ _STYLE = {
     "axes.edgecolor": "0.7",
     "grid.color": "0.9",
 }
+_METHOD = ("strategy", "budget", "importance")
 _STRATEGIES = {
     "finetune": "fine-tuning",
     "bitstack": "BitStack",
@@ -166,9 +167,6 @@ def grouped(results: Iterable[Result]) -> list[Group]:
             model = f" ({item.results[0].protocol.get('model')})" if published else ""
             groups.append(Group(label + model, *mark, item.shown, item.results))
     return groups
-
-
-_METHOD = ("strategy", "budget", "importance")
 
 
 def _method(settings: dict[str, Any]) -> tuple[Any, ...]:

@@ -78,13 +78,13 @@ def test_ablation_runs_every_sparsity_and_budget(tmp_path, capsys):
 
 def test_recall_at_every_sparsity_and_importance(tmp_path, capsys):
     """Budgets are none of its settings."""
-    options = ["--strategy", "recall", "--sparsity", "0.1,0.5", "--importance", "gradient,random"]
-    options += ["--budget", "union,fresh", "--head-learning-rate", "0.01", "--quiet"]
+    options = ["--strategy", "recall", "--sparsity", "0.1,0.5", "--budget", "union,fresh"]
+    options += ["--importance", "gradient,fisher,random", "--head-learning-rate", "0.01", "--quiet"]
     assert main(["run", *FAST, *options, "--output", str(tmp_path)]) == 0
     done = load_results(tmp_path)
     runs = {(r.protocol["sparsity"], r.protocol.get("importance")) for r in done}
-    assert runs == {(s, i) for s in (0.1, 0.5) for i in (None, "random")}
-    assert len(done) == 4
+    assert runs == {(s, i) for s in (0.1, 0.5) for i in (None, "fisher", "random")}
+    assert len(done) == 6
     for result in done:
         assert result.protocol["head_learning_rate"] == 0.01
         assert result.metrics["forgetting"] == 0

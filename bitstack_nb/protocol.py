@@ -32,6 +32,8 @@ STRATEGIES = (
     "single",
     "joint",
 )
+# To them importance says how many entries to lock, not which.
+CONTROLS = ("random-mask", "magnitude-mask")
 _LOCKING = ("sparsity", "budget", "n_batches", "importance", "head_steps")
 # Settings that mean something to some strategies only; they are left out of the others' record, so
 # that fine-tuning at two sparsities is one run.
@@ -39,8 +41,7 @@ OWN_SETTINGS = {
     "finetune": ("head_steps",),
     "bitstack": _LOCKING,
     "bitstack-strict": _LOCKING,
-    "random-mask": _LOCKING,
-    "magnitude-mask": _LOCKING,
+    **dict.fromkeys(CONTROLS, _LOCKING),
     "recall": ("sparsity", "n_batches", "importance"),
     "frozen": ("head_steps",),
     "ewc": ("strength", "n_batches", "head_steps"),

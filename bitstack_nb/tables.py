@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitstack_nb.metrics import mean_interval
 from bitstack_nb.plain_json import canonical
+from bitstack_nb.protocol import CONTROLS
 from bitstack_nb.results import Result, ResultError
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def provenance_table(results: Iterable[Result]) -> pd.DataFrame:
 def _configuration(result: Result) -> dict[str, Any]:
     """The protocol less what belongs to the seed, and whether the numbers are published ones."""
     entries = {k: v for k, v in result.protocol.items() if k != "seed" and v is not None}
-    if "sparsity" in entries and entries["strategy"] not in ("random-mask", "magnitude-mask"):
+    if "sparsity" in entries and entries["strategy"] not in CONTROLS:
         entries.setdefault("importance", "gradient")  # what a protocol without one means
     if "tasks" in entries:
         entries["tasks"] = sorted(entries["tasks"], key=lambda task: task["name"])

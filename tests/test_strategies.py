@@ -10,12 +10,12 @@ from datasets import Dataset
 
 from bitstack_nb import BitStack, Protocol
 from bitstack_nb.fitting import fit_head
+from bitstack_nb.protocol import CONTROLS
 from bitstack_nb.rivals import kept_rows, single_examples
 from bitstack_nb.stacked import small_parameters
 from bitstack_nb.strategies import STRATEGIES
 
 PROTOCOL = Protocol(tasks=("imdb", "ag_news", "dbpedia"), batch_size=6, n_batches=2)
-CONTROLS = ("random-mask", "magnitude-mask")
 
 
 def make(name: str, model, **settings):

@@ -25,7 +25,16 @@ COMMANDS = ("run", "ablation", "stronger", "sweep", "figures", "cost")
 PARTS = ("costs", "growth", "padding")
 ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)
 # Each is drawn by itself: their protocols differ in more than a figure's labels can say.
-_DRAWN = ("", "-ablation", "-stronger", "-evidence", "-twenty", "-plain-heads", "-same-rate")
+_DRAWN = (
+    "",
+    "-ablation",
+    "-stronger",
+    "-evidence",
+    "-twenty-480",
+    "-twenty",
+    "-plain-heads",
+    "-same-rate",
+)
 RECORDED = tuple(Path("results") / f"minilm-l6{name}" for name in _DRAWN)
 RECORDED_COSTS = Path("results") / "cost"  # a file per device
 

@@ -15,7 +15,7 @@ import torch
 
 from bitstack_nb.importance import RANDOM
 from bitstack_nb.sampling import SAMPLINGS
-from bitstack_nb.settings import check_settings
+from bitstack_nb.settings import CONTROLS, check_settings
 from bitstack_nb.tasks import EVALUATIONS, FIVE_TASKS, Task, find_task
 
 STRATEGIES = (
@@ -32,8 +32,6 @@ STRATEGIES = (
     "single",
     "joint",
 )
-# To them importance says how many entries to lock, not which.
-CONTROLS = ("random-mask", "magnitude-mask")
 _LOCKING = ("sparsity", "budget", "n_batches", "importance", "head_steps")
 # Settings that mean something to some strategies only; they are left out of the others' record, so
 # that fine-tuning at two sparsities is one run.

@@ -7,7 +7,9 @@ from numbers import Real
 from bitstack_nb.importance import IMPORTANCE, RANDOM
 
 BUDGETS = ("union", "fresh")
-# Of each mode. Protecting entries drawn by chance is a control, strategy "random-mask".
+# Strategies to which importance says how many entries to lock, not which.
+CONTROLS = ("random-mask", "magnitude-mask")
+# Of each mode. Protecting entries drawn by chance is a control, "random-mask".
 IMPORTANCES = {"protect": tuple(IMPORTANCE), "recall": (*IMPORTANCE, RANDOM)}
 MODES = tuple(IMPORTANCES)
 

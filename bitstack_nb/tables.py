@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitstack_nb.metrics import mean_interval
 from bitstack_nb.plain_json import canonical
-from bitstack_nb.protocol import CONTROLS
 from bitstack_nb.results import Result, ResultError
+from bitstack_nb.settings import CONTROLS
 
 if TYPE_CHECKING:
     import pandas as pd

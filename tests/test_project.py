@@ -148,9 +148,10 @@ def test_recorded_recall_has_forgotten_nothing(folder):
             assert len({row[task] for row in result.matrix[task:]}) == 1
 
 
-def test_the_method_alone_imports_neither_transformers_nor_data_libraries():
+@pytest.mark.parametrize("module", ["bitstack_nb", "bitstack_nb.tables"])
+def test_method_and_tables_import_neither_transformers_nor_data_libraries(module):
     code = (
-        "import sys, bitstack_nb; bitstack_nb.BitStack\n"
+        f"import sys, bitstack_nb, {module}; bitstack_nb.BitStack\n"
         "print([m for m in ('transformers', 'datasets', 'pandas') if m in sys.modules])"
     )
     done = subprocess.run(

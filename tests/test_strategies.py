@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from bitstack_nb import BitStack, Protocol
 from bitstack_nb.fitting import fit_head
-from bitstack_nb.protocol import CONTROLS
 from bitstack_nb.rivals import kept_rows, single_examples
+from bitstack_nb.settings import CONTROLS
 from bitstack_nb.stacked import small_parameters
 from bitstack_nb.strategies import STRATEGIES
 

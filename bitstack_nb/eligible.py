@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -123,6 +124,24 @@ def trainable_heads(model: nn.Module) -> list[nn.Parameter]:
             f"name it as one of {', '.join(sorted(_HEADS))}"
         )
     return heads
+
+
+@contextmanager
+def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """In the body the floating-point parameters with these canonical names are trainable."""
+    names = set(names)
+    frozen = [
+        parameter
+        for parameter, own in _names(unwrap(model)).items()
+        if own[0] in names and parameter.is_floating_point() and not parameter.requires_grad
+    ]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def recall_parameters(

@@ -38,36 +38,47 @@ def fit_heads(
 ) -> None:
     """Take Adam steps on the heads alone, a batch each, round and round the batches.
 
-    In evaluation mode (dropout off, so nothing is drawn), without weight decay and autocast.
-    Training flags, gradients and the RNG state are left as found. Errors as in
-    :func:`bitstack_nb.importance.measure`.
+    In evaluation mode (dropout off, so nothing is drawn), without weight decay and autocast, and
+    in float32 at least: in float16 Adam's squares are lost, and it divides by zero.
+    Training flags, gradients and the global random generators are left as found. Errors as in
+    :func:`bitstack_nb.importance.measure`, and a ValueError if a head becomes NaN or infinite.
 
     With several ranks all start from rank 0's heads and step by the mean of their gradients, so
     that the heads are equal after each step.
     """
     ranks.check_equal({"head_steps": steps, "head_learning_rate": learning_rate}, "settings")
     ranks.take_firsts({f"head parameter {i}": head for i, head in enumerate(heads)}, "heads")
-    optimizer = torch.optim.Adam(heads, lr=learning_rate)
-    found = [head.grad for head in heads]
+    # Of a head in float32 this is the head itself.
+    wide = [h.detach().to(torch.promote_types(h.dtype, torch.float32)) for h in heads]
+    optimizer = torch.optim.Adam(wide, lr=learning_rate)
     device = heads[0].device
-    try:
-        with undisturbed(model, device):
-            for batch in islice(cycle(batches), steps):
-                with ranks.agreed():
-                    loss = batch_loss(model, batch, device)
-                    gradients = torch.autograd.grad(loss, heads, allow_unused=True)
-                for head, gradient in zip(heads, ranks.averaged(gradients, heads), strict=True):
-                    head.grad = gradient
-                optimizer.step()
-    finally:
-        for head, gradient in zip(heads, found, strict=True):
-            head.grad = gradient
+    with undisturbed(model, device):
+        for batch in islice(cycle(batches), steps):
+            with ranks.agreed():
+                loss = batch_loss(model, batch, device)
+                gradients = torch.autograd.grad(loss, heads, allow_unused=True)
+            for own, gradient in zip(wide, ranks.averaged(gradients, heads), strict=True):
+                own.grad = None if gradient is None else gradient.to(own.dtype)
+            optimizer.step()
+            with torch.no_grad():
+                for head, own in zip(heads, wide, strict=True):
+                    head.copy_(own)
+    _check_finite(heads)
+
+
+def _check_finite(heads: Iterable[nn.Parameter]) -> None:
+    for head in heads:
+        if not head.isfinite().all():
+            raise ValueError(
+                f"fitting the head made it NaN or infinite (it is {head.dtype}): the loss is, or "
+                "head_learning_rate is too large"
+            )
 
 
 def drawn(
     loader: Iterable[Mapping[str, Any]], count: int, device: torch.device
 ) -> list[Mapping[str, Any]]:
-    """A loader's first batches, at least one, the RNG state left as found."""
+    """A loader's first batches, at least one; the global random generators are left as found."""
     with undisturbed_rng(device):
         batches = list(islice(loader, count))
     check_seen(len(batches))

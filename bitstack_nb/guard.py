@@ -76,7 +76,9 @@ class Guard:
         previous = self._attached.pop(optimizer, None)
         if previous is not None:
             previous.remove()
-        handle = optimizer.register_step_post_hook(lambda *_: self._locks.restore())
+        # Not traced where a step is compiled: what it would put back are constants then.
+        restore = torch.compiler.disable(self._locks.restore)
+        handle = optimizer.register_step_post_hook(lambda *_: restore())
         self._attached[optimizer] = handle
         return handle
 

@@ -40,7 +40,8 @@ def measure(
     """Scores by parameter name: float32, the parameter's shape and device, non-negative.
 
     Runs up to ``n_batches`` batches forward and backward in evaluation mode (dropout off) without
-    autocast. The model's training flags and gradients and the RNG state are left as found.
+    autocast. The model's training flags and gradients and the global random generators are left as
+    found.
 
     With several ranks each gives batches of its own, up to ``n_batches``, and the scores are summed
     over all: they have the same bits on every rank. One process that sees the same ``n`` batches
@@ -88,9 +89,10 @@ def draw(parameters: Mapping[str, torch.Tensor], *, seed: int) -> dict[str, torc
     A seed draws the same on every device; the global random generators are left alone.
     """
     generator = torch.Generator().manual_seed(seed)
+    plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
     least = torch.finfo(torch.float32).tiny
     return {
-        name: torch.rand(p.shape, generator=generator).clamp_(min=least).to(p.device)
+        name: torch.rand(p.shape, generator=generator, **plain).clamp_(min=least).to(p.device)
         for name, p in parameters.items()
     }
 
@@ -111,7 +113,7 @@ def check_seen(seen: int) -> None:
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, gradients on, autocast off; training flags and RNG state come back."""
+    """Evaluation mode, gradients on, autocast off; training flags and global RNGs come back."""
     training = {module: module.training for module in model.modules()}
     # A Trainer in half precision leaves accelerate's autocast wrapper on the instance's forward.
     wrapped = "_original_forward" in vars(model) and "_hf_hook" not in vars(model)

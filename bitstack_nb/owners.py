@@ -120,7 +120,11 @@ class Owners:
 
     @torch.no_grad()
     def show(self, task: int | None) -> None:
-        """Put a task's entries into the model, in the place of those of the one shown now."""
+        """Put a task's entries into the model, in the place of those of the one shown now.
+
+        And the base's buffers: a forward pass may have moved them without an optimizer's step.
+        """
+        self._put_back_buffers()
         if task == self.shown:
             return
         self._follow(self.parameters)
@@ -146,6 +150,12 @@ class Owners:
         self.shown = task
         # Inside autocast the next forward would read the casts of the weights that were there.
         torch.clear_autocast_cache()
+
+    def _put_back_buffers(self) -> None:
+        buffers = self._buffers() if self._buffer_names and self._base is not None else {}
+        for name in self._buffer_names.intersection(buffers):
+            if differing(buffers[name], self._base[name]):
+                buffers[name].copy_(self._base[name])
 
     def _write(self, *parts: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]) -> None:
         """Put values into the parameters at positions, each by name, one part after the other."""
@@ -187,10 +197,16 @@ class Owners:
 
     @torch.no_grad()
     def keep_base(self) -> None:
-        """Copy the base, where there is no copy yet, for putting back what may not move."""
+        """Copy the base, where there is no copy yet, for putting back what may not move.
+
+        Raises a ``storage.MaskFileError`` where it is not the one of the state taken over.
+        """
         if self._base is None:
             shown = self.shown
-            self.show(None)
+            with self.shown_as_before_on_error():
+                self.show(None)
+                if self._digests is not None:
+                    storage.check_base(self._digests, self._present_digests())
             self._base = {n: t.detach().clone() for n, t in self._everything().items()}
             self.show(shown)
 
@@ -306,17 +322,20 @@ class Owners:
         storage.check_match(state["parameters"], self.parameters)
         with self.shown_as_before_on_error():
             self.show(None)
-            storage.check_base(state["base"], {n: digest(t) for n, t in self._everything().items()})
+            storage.check_base(state["base"], self._present_digests())
         device = {name: p.device for name, p in self.parameters.items()}
         self._planes = {n: planes.to(device[n]).clone() for n, planes in state["owners"].items()}
         self._values = [
             {n: own.to(device[n]).clone() for n, own in task.items()} for task in state["values"]
         ]
-        self._digests = dict(state["base"])
         if self._base is not None:
-            self._base = None
+            self._base = self._digests = None  # just compared
             self.keep_base()
+        self._digests = dict(state["base"])
         self.show(self.closed - 1 if self.closed else None)
+
+    def _present_digests(self) -> dict[str, str]:
+        return {name: digest(tensor) for name, tensor in self._everything().items()}
 
     def _check_closed(self, why: str) -> None:
         if self.is_open:

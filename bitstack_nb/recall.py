@@ -107,6 +107,7 @@ class Recall:
                 f"task is {task!r}, expected None or one of the {owners.closed} that update() has "
                 "closed, counted from 0"
             )
+        self._guard.check_still_the_models()
         before = owners.shown
         self._running += 1
         try:

@@ -35,7 +35,7 @@ def kth_largest(scores: Sequence[torch.Tensor], k: int) -> torch.Tensor:
     low, _ = _descend(
         _histogram(scores, lambda pattern: pattern[pattern >> 16 == high] & 0xFFFF), rank
     )
-    return torch.tensor((high << 16) | low, dtype=torch.int32).view(torch.float32)
+    return torch.tensor((high << 16) | low, dtype=torch.int32, device="cpu").view(torch.float32)
 
 
 def top_masks(
@@ -74,7 +74,7 @@ def _drop_last_ties(
 def _histogram(
     scores: Sequence[torch.Tensor], digit: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    counts = torch.zeros(_BUCKETS, dtype=torch.int64)
+    counts = torch.zeros(_BUCKETS, dtype=torch.int64, device="cpu")
     for pattern in _patterns(scores):
         counts += torch.bincount(digit(pattern), minlength=_BUCKETS).cpu()
     return counts

@@ -78,8 +78,7 @@ class BitStack:
         budget: str = "union",
         importance: str = "gradient",
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is {model!r}, expected a torch.nn.Module")
+        _check_module(model)
         check_settings(sparsity, mode=mode, budget=budget, importance=importance)
         if isinstance(exclude, str):
             raise ValueError(f"exclude is the string {exclude!r}, expected a list of strings")
@@ -222,6 +221,7 @@ class BitStack:
             ValueError, TypeError: too few entries are left (the message says how many tasks
                 fitted), or as in :meth:`update`. Nothing has changed.
             RuntimeError: a task is open already.
+            storage.MaskFileError: the base of a loaded stack has moved since.
         """
         self._in_recall_mode("begin()").begin(
             loader, n_batches, head_steps=head_steps, head_learning_rate=head_learning_rate
@@ -232,7 +232,9 @@ class BitStack:
         """Within the ``with`` block the model is, bit for bit, that of a closed task.
 
         Values are exchanged in place, for every user of the model. Blocks may be nested; leaving
-        one, by an exception too, brings back exactly what was there.
+        one, by an exception too, brings back exactly what was there. Only what tasks own is
+        exchanged: what was moved by hand, or by an optimizer that is not attached, stays moved
+        (:meth:`verify` tells).
 
         Args:
             task: counted from 0, in the order of :meth:`begin`; None for the base. Its head is
@@ -265,6 +267,7 @@ class BitStack:
         Raises:
             ValueError: the optimizer holds none of the stack's parameters.
             TypeError: it is no optimizer.
+            storage.MaskFileError: the base of a loaded stack has moved since.
         """
         if self._recall is not None:
             self._locks.keep_base()  # to put back from; a loaded stack has none
@@ -282,6 +285,7 @@ class BitStack:
 
     def restore(self) -> None:
         """Put back what may not move: every locked entry; all but the open task's entries."""
+        self._guard.check_still_the_models()
         self._locks.restore()
 
     def verify(self) -> int:
@@ -393,17 +397,30 @@ class BitStack:
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> BitStack:
         """The stack saved at ``path``, on ``model``; its locked values are put into the model.
 
+        The model may be frozen, as for inference.
+
         Raises:
             FileNotFoundError: there is no such file.
             storage.MaskFileError: it is damaged, foreign or of another model; the model is
                 untouched.
+            TypeError: the model is no module.
         """
+        _check_module(model)
         state = storage.read(path)
         try:
-            stack = cls(model, **state["settings"])
+            names = {*state["parameters"]}
+            if state["settings"]["mode"] == "recall":
+                names.update(eligible.head_parameters(eligible.unwrap(model)))
+            with eligible.trainable(model, names):
+                stack = cls(model, **state["settings"])
         except (TypeError, ValueError) as error:
             raise storage.MaskFileError(f"{path} does not fit this model: {error}") from error
         stack.load_state_dict(state)
         if stack._recall is not None:
             stack._locks.release_base()  # attach and begin make another
         return stack
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {model!r}, expected a torch.nn.Module")

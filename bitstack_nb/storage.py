@@ -101,7 +101,7 @@ def _protect_content(state: Mapping[str, Any], *, values: bool) -> Content:
     tensors = {"masks": torch.cat([state["bits"][n].cpu() for n in names])}
     for field, at in (("selected", 0), ("added", 1)):
         counts = [[task[n][at] for n in names] for task in state["tasks"]]
-        tensors[field] = torch.tensor(counts, dtype=torch.int32).view(-1, len(names))
+        tensors[field] = torch.tensor(counts, dtype=torch.int32, device="cpu").view(-1, len(names))
     if values:
         tensors |= _by_dtype(state["parameters"], [state["values"]])
     return tensors, {"values": json.dumps(values)}
@@ -141,7 +141,7 @@ def _by_dtype(
     for dtype in {p["dtype"] for p in parameters.values()}:
         names = [name for name, p in parameters.items() if p["dtype"] == dtype]
         own = [task[name].cpu() for task in tasks for name in names]
-        empty = torch.empty(0, dtype=getattr(torch, dtype.removeprefix("torch.")))
+        empty = torch.empty(0, dtype=getattr(torch, dtype.removeprefix("torch.")), device="cpu")
         tensors[_values_key(dtype)] = torch.cat([empty, *own])
     return tensors
 
@@ -271,7 +271,10 @@ def check_match(
 ) -> None:
     """Raise a MaskFileError that names every difference between a state and a model."""
     faults = [f"{name} is not an eligible parameter of it" for name in stored.keys() - parameters]
-    faults += [f"{name} of the model has no mask" for name in parameters.keys() - stored.keys()]
+    faults += [
+        f"{name} of the model has no mask (if it was frozen then, freeze it first)"
+        for name in parameters.keys() - stored.keys()
+    ]
     for name in stored.keys() & parameters.keys():
         own, other = parameters[name], stored[name]
         if list(own.shape) != list(other["shape"]):

@@ -286,6 +286,18 @@ class Regimes(LockedCase):
             with self.subTest(over_the_wrapper=over_the_wrapper):
                 self.check_compiled("aot_eager", over_the_wrapper=over_the_wrapper)
 
+    def test_compiled_optimizer_step(self):
+        torch.compiler.reset()
+        model, optimizer, stack = self.locked_model()
+        before = tiny.snapshot(model)
+        step = torch.compile(optimizer.step, backend="aot_eager")
+        model.train()
+        for batch in tiny.batches(3, seed=1):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            step()
+        self.assert_held(stack, model, before)
+
     @unittest.skipUnless(INDUCTOR, "torch.compile needs a C++ compiler and Python's headers")
     def test_compiled_to_machine_code(self):
         self.check_compiled("inductor", over_the_wrapper=True)

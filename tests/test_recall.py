@@ -182,6 +182,24 @@ class Exactness(RecallCase):
         self.assert_bits(model, self.after[-1])
         self.assertTrue(torch.equal(model.blocks[0].norm.running_mean, torch.zeros(tiny.LENGTH)))
 
+    def test_running_statistics_of_a_forward_pass_without_a_step(self):
+        """The last accumulated batch, or one whose step a GradScaler skipped."""
+        model = tiny.plain()
+        model.blocks[0].norm = nn.BatchNorm1d(tiny.LENGTH)
+        model, stack = self.trained(model, tasks=2)
+        (batch,) = tiny.batches(1, seed=9)
+        for task in (1, 0, None):
+            model.train()(**batch)
+            with self.assertRaisesRegex(LockedEntriesMoved, "running_mean"):
+                stack.verify()
+            with stack.recall(task):
+                self.assertEqual(stack.verify(), 0)
+            self.assertEqual(stack.verify(), 0)
+        stack.begin(tiny.batches(2, seed=2))
+        model.train()(**batch)
+        stack.update()
+        self.assertEqual(stack.verify(), 0)
+
     def test_a_step_without_an_open_task_moves_the_head_only(self):
         model, stack = self.trained(tasks=2)
         optimizer = ADAMW(model.parameters())
@@ -406,7 +424,13 @@ class Order(RecallCase):
     def test_a_replaced_module(self):
         model, stack = self.trained(tasks=1)
         model.embed = nn.Embedding(tiny.VOCABULARY, tiny.WIDTH)
-        for call in (stack.verify, lambda: stack.begin(tiny.batches(1, seed=0))):
+        for call in (
+            stack.verify,
+            stack.restore,
+            lambda: stack.begin(tiny.batches(1, seed=0)),
+            lambda: stack.recall(0).__enter__(),
+            lambda: stack.export(0),
+        ):
             with self.assertRaisesRegex(RuntimeError, r"embed\.weight"):
                 call()
 
@@ -532,6 +556,27 @@ class Undisturbed(RecallCase):
         self.assertIsNotNone(before["gradients"]["classifier.weight"])
         stack.begin(loader)
         self.assert_same(self.state(model), before)
+
+    def test_a_head_that_becomes_nan(self):
+        """Nothing is measured for random entries, so nothing else would tell."""
+        (batch,) = tiny.batches(1, seed=1)
+        model = tiny.plain()
+        stack = recall_stack(model, importance="random")
+        before = tiny.snapshot(model)
+        with self.assertRaisesRegex(ValueError, "head.*NaN.*float32"):
+            stack.begin([{**batch, "loss_scale": float("nan")}])
+        self.assertFalse(any(c.any() for c in tiny.changed(model, before).values()))
+        stack.begin([batch])  # no task is open
+
+    def test_a_head_in_half_precision_is_fitted(self):
+        (batch,) = tiny.batches(1, seed=1)
+        for dtype in (torch.float16, torch.bfloat16):
+            with self.subTest(dtype):
+                model = tiny.plain().to(dtype).eval()
+                before = model(**batch).loss.item()
+                recall_stack(model, importance="random").begin([batch], head_steps=64)
+                self.assertEqual(model.classifier.weight.dtype, dtype)
+                self.assertLess(model(**batch).loss.item(), before - 0.05)
 
     def test_failures(self):
         good, bad = tiny.batches(2, seed=1)

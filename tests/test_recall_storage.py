@@ -163,6 +163,35 @@ class RoundTrip(Case):
         loaded.restore()
         self.assertEqual(loaded.verify(), 0)
 
+    def test_a_base_that_moved_after_loading_is_none(self):
+        """Or what is trained next would be saved as a task of the base that it is none of."""
+        _, stack = self.trained()
+        stack.save(self.path)
+        for name in ("attach", "begin"):
+            with self.subTest(name):
+                model = tiny.plain()
+                loaded = BitStack.load(self.path, model)
+                optimizer = ADAMW(model.parameters())
+                tiny.train(model, optimizer, tiny.batches(2, seed=3))  # not attached
+                before = tiny.snapshot(model)
+                with self.assertRaisesRegex(MaskFileError, r"another base.*blocks\.0\.down\.bias"):
+                    if name == "attach":
+                        loaded.attach(optimizer)
+                    else:
+                        loaded.begin(tiny.batches(2, seed=3))
+                for parameter, changed in tiny.changed(model, before).items():
+                    own = loaded.owners[parameter] == 3 if parameter in loaded.owners else False
+                    self.assertFalse((changed & ~torch.as_tensor(own)).any(), parameter)
+
+    def test_onto_a_model_for_inference(self):
+        """Frozen, as served: what a task may own, the file says."""
+        _, stack = self.trained()
+        stack.save(self.path)
+        model = tiny.plain().eval().requires_grad_(False)
+        loaded = BitStack.load(self.path, model)
+        self.assertFalse(any(p.requires_grad for p in model.parameters()))
+        self.assert_recalls(model, loaded)
+
 
 class Export(Case):
     def test_a_plain_model(self):

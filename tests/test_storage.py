@@ -5,11 +5,12 @@ import unittest
 
 import tiny
 import torch
-from cases import FileCase
+from cases import ADAMW, FileCase
 from safetensors import SafetensorError
 from torch import nn
 
-from bitstack_nb import BitStack
+from bitstack_nb import BitStack, select
+from bitstack_nb.importance import draw
 from bitstack_nb.stack import LockedEntriesMoved
 
 
@@ -115,6 +116,44 @@ class RoundTrip(FileCase):
         loaded = BitStack.load(self.path, tiny.plain(1))
         self.assertEqual(loaded.stats(), stack.stats())
         self.assertEqual(loaded.verify(), 0)
+
+    def test_other_defaults(self):
+        """Users may set the dtype and device of new tensors; meta is the first to fail."""
+        model, other = tiny.plain(), tiny.plain(1)
+        stack = BitStack(model, 0.3)
+        expected = draw(stack.masks, seed=0)
+        dtype = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.float64)
+            with torch.device("meta"):
+                scores = draw(stack.masks, seed=0)
+                stack.lock(select.top_masks(scores, 100))
+                stack.save(self.path)
+                loaded = BitStack.load(self.path, other)
+        finally:
+            torch.set_default_dtype(dtype)
+        self.assertEqual(stack.stats()["locked"], 100)
+        self.assert_same(loaded, stack)
+        for name, score in expected.items():
+            self.assertTrue(torch.equal(score, scores[name]), name)
+
+    def test_onto_a_frozen_model(self):
+        """What may be locked, the file says; the model may be frozen, and trained again later."""
+        stack = self.locked()
+        stack.save(self.path)
+        model = tiny.plain(1).requires_grad_(False)
+        model.blocks[1].up.requires_grad_(True)
+        flags = [p.requires_grad for p in model.parameters()]
+        loaded = BitStack.load(self.path, model)
+        self.assertEqual([p.requires_grad for p in model.parameters()], flags)
+        model.requires_grad_(True)
+        optimizer = ADAMW(model.parameters())
+        loaded.attach(optimizer)
+        self.assert_same(loaded, stack)
+        before = tiny.snapshot(model)
+        tiny.train(model, optimizer, tiny.batches(2, seed=4))
+        self.assertEqual(loaded.verify(), 0)
+        self.assertTrue(any(c.any() for c in tiny.changed(model, before).values()))
 
     def test_onto_a_compiled_model_and_back(self):
         stack = self.locked()

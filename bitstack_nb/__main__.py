@@ -22,7 +22,7 @@ from bitstack_nb.training import find_device
 
 SYNTHETIC = (
     "Data: embedded, synthetic. These numbers show that the machinery works, not how well the "
-    "method does on real text (README.md, Results)."
+    "method does on real text (README.md, What it is worth)."
 )
 
 

@@ -47,7 +47,8 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
     """Average accuracy after the last task against the bytes kept per task, a point each.
 
     Bytes are those beside one backbone and the heads (``Result.storage``), on a logarithmic scale
-    with nothing at its left. Raises ResultError where no run has recorded any.
+    with nothing at its left. Where sparsities tell a method's points apart, they stand above them.
+    Raises ResultError where no run has recorded any.
     """
     groups = [
         g
@@ -62,21 +63,21 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
     places = np.array([size or smallest / 10 for size in stored])
     figure = Figure(5.2)
     ax = figure.subplots()
-    together = [np.flatnonzero(places == place) for place in np.unique(places)]
-    for same in together:
-        _draw_stored(ax, places[same[0]], [groups[at] for at in same])
+    short = _shortened(groups)
+    labels = [group.label for group in short]
+    several = {label for label in labels if labels.count(label) > 1}
+    for place in np.unique(places):
+        same = [short[at] for at in np.flatnonzero(places == place)]
+        _draw_stored(ax, place, same, several)
     ax.set_xscale("log")
     ax.set_xlim(places.min() / 2, places.max() * 10)  # room for the last one's name
-    methods = [group.label.partition("\n")[0] for group in groups]
-    short = [
-        g._replace(label=m) if methods.count(m) == 1 else g
-        for g, m in zip(groups, methods, strict=True)
-    ]
+    ax.margins(y=0.1)  # room for what stands above the highest
     # Names are longer than points are wide, so neighbours are named together.
     order = np.argsort(places, kind="stable")
     steps = np.flatnonzero(np.diff(np.log(places[order])) > np.log(2)) + 1
     for near in np.split(order, steps):
-        _name_stored(ax, places[near[-1]], [short[at] for at in near])
+        named = {short[at].label: short[at] for at in near}
+        _name_stored(ax, places[near[-1]], list(named.values()))
     decades = 10.0 ** np.arange(np.floor(np.log10(smallest)), np.log10(places.max()) + 1)
     ticks = {smallest / 10: "nothing"} if 0 in stored else {}
     ticks |= {size: f"{size:,.10g}" for size in decades if size > smallest / 4}
@@ -87,12 +88,27 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
     members = [r for group in groups for r in group.results]
     figure.suptitle(titled("What an accuracy costs in storage", members))
     text = counted("95 % Student intervals", [len(group.results) for group in groups])
+    if several:
+        text = f"above points: sparsity; {text}"
     figure.supxlabel(text, fontsize=9, color=GREY)
     return figure
 
 
-def _draw_stored(ax: Axes, place: float, groups: list[Group]) -> None:
-    """Points that belong at one place, the lowest first, side by side around it."""
+def _shortened(groups: list[Group]) -> list[Group]:
+    """Groups by their method's name alone, where no two of it have the same sparsity."""
+    methods = [group.label.partition("\n")[0] for group in groups]
+    points = [(m, g.settings.get("sparsity")) for m, g in zip(methods, groups, strict=True)]
+    return [
+        group._replace(label=point[0]) if points.count(point) == 1 else group
+        for group, point in zip(groups, points, strict=True)
+    ]
+
+
+def _draw_stored(ax: Axes, place: float, groups: list[Group], several: set[str]) -> None:
+    """Points that belong at one place, the lowest first, side by side around it.
+
+    Those whose name several points have get their sparsity written above.
+    """
     for shift, (accuracy, half, group) in zip(_shifts(len(groups)), _kept(groups), strict=True):
         ax.errorbar(
             [place * shift],
@@ -103,6 +119,16 @@ def _draw_stored(ax: Axes, place: float, groups: list[Group]) -> None:
             markersize=8,
             capsize=4,
         )
+        if group.label in several:
+            ax.annotate(
+                f"{group.settings['sparsity']:g}",
+                (place * shift, accuracy + (half or 0)),
+                textcoords="offset points",
+                xytext=(0, 6),
+                ha="center",
+                size=9,
+                color=GREY,
+            )
 
 
 def _name_stored(ax: Axes, place: float, groups: list[Group]) -> None:

@@ -244,6 +244,12 @@ def test_storage_is_drawn_where_it_is():
     assert {"BitStack union", "fine-tuning"} == {text.get_text() for text in ax.texts}
 
 
+def test_sparsities_stand_above_the_points_of_a_method():
+    (ax,) = accuracy_for_storage([*BITSTACK, *runs(sparsity=0.4), *FINETUNE]).axes
+    expected = ["0.12", "0.4", "BitStack union", "fine-tuning"]
+    assert sorted(text.get_text() for text in ax.texts) == expected
+
+
 def test_drift_is_what_returns_of_what_was_lost():
     figure = drift_attribution([*BITSTACK, *SINGLE])
     (ax,) = figure.axes

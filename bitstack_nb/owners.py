@@ -152,10 +152,13 @@ class Owners:
         torch.clear_autocast_cache()
 
     def _put_back_buffers(self) -> None:
-        buffers = self._buffers() if self._buffer_names and self._base is not None else {}
-        for name in self._buffer_names.intersection(buffers):
-            if differing(buffers[name], self._base[name]):
-                buffers[name].copy_(self._base[name])
+        if self._base is None or not self._buffer_names:
+            return
+        buffers = self._kept_buffers()
+        self._follow(buffers)
+        for name, buffer in buffers.items():
+            if differing(buffer, self._base[name]):  # or an eval-mode backward would refuse
+                buffer.copy_(self._base[name])
 
     def _write(self, *parts: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]) -> None:
         """Put values into the parameters at positions, each by name, one part after the other."""
@@ -265,8 +268,10 @@ class Owners:
 
     def _everything(self) -> dict[str, torch.Tensor]:
         """All that has a value in the base: parameters and buffers, those of heads apart."""
-        buffers = {n: b for n, b in self._buffers().items() if n in self._buffer_names}
-        return {**self.held, **buffers}
+        return {**self.held, **self._kept_buffers()}
+
+    def _kept_buffers(self) -> dict[str, torch.Tensor]:
+        return {n: b for n, b in self._buffers().items() if n in self._buffer_names}
 
     def _follow(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Go to the devices of these of the model's tensors; refuse another dtype."""

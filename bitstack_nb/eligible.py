@@ -128,11 +128,11 @@ def trainable_heads(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """In the body the floating-point parameters with these canonical names are trainable."""
+    """In the body an unwrapped model's parameters with these canonical names are trainable."""
     names = set(names)
     frozen = [
         parameter
-        for parameter, own in _names(unwrap(model)).items()
+        for parameter, own in _names(model).items()
         if own[0] in names and parameter.is_floating_point() and not parameter.requires_grad
     ]
     try:

@@ -209,8 +209,8 @@ class Owners:
             with self.shown_as_before_on_error():
                 self.show(None)
                 if self._digests is not None:
-                    storage.check_base(self._digests, self._present_digests())
-            self._base = {n: t.detach().clone() for n, t in self._everything().items()}
+                    storage.check_base(self._digests, _digests(self._everything()))
+            self._base = self._copied()
             self.show(shown)
 
     def release_base(self) -> None:
@@ -270,6 +270,9 @@ class Owners:
         """All that has a value in the base: parameters and buffers, those of heads apart."""
         return {**self.held, **self._kept_buffers()}
 
+    def _copied(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self._everything().items()}
+
     def _kept_buffers(self) -> dict[str, torch.Tensor]:
         return {n: b for n, b in self._buffers().items() if n in self._buffer_names}
 
@@ -305,7 +308,7 @@ class Owners:
         """
         self._check_closed("its training could not be resumed from what is saved now")
         if self._digests is None:
-            self._digests = {name: digest(tensor) for name, tensor in self._base.items()}
+            self._digests = _digests(self._base)
         return {
             "parameters": {
                 name: {"shape": list(p.shape), "dtype": str(self._kept_as[name][0])}
@@ -327,20 +330,16 @@ class Owners:
         storage.check_match(state["parameters"], self.parameters)
         with self.shown_as_before_on_error():
             self.show(None)
-            storage.check_base(state["base"], self._present_digests())
+            storage.check_base(state["base"], _digests(self._everything()))
         device = {name: p.device for name, p in self.parameters.items()}
         self._planes = {n: planes.to(device[n]).clone() for n, planes in state["owners"].items()}
         self._values = [
             {n: own.to(device[n]).clone() for n, own in task.items()} for task in state["values"]
         ]
-        if self._base is not None:
-            self._base = self._digests = None  # just compared
-            self.keep_base()
         self._digests = dict(state["base"])
+        if self._base is not None:
+            self._base = self._copied()
         self.show(self.closed - 1 if self.closed else None)
-
-    def _present_digests(self) -> dict[str, str]:
-        return {name: digest(tensor) for name, tensor in self._everything().items()}
 
     def _check_closed(self, why: str) -> None:
         if self.is_open:
@@ -351,3 +350,7 @@ def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bits, its first 16 hexadecimal digits."""
     plain = bit_pattern(tensor.detach()).contiguous().cpu().numpy()
     return hashlib.sha256(plain).hexdigest()[:16]
+
+
+def _digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    return {name: digest(tensor) for name, tensor in tensors.items()}

@@ -408,10 +408,10 @@ class BitStack:
         _check_module(model)
         state = storage.read(path)
         try:
-            names = {*state["parameters"]}
+            whole, names = eligible.unwrap(model), {*state["parameters"]}
             if state["settings"]["mode"] == "recall":
-                names.update(eligible.head_parameters(eligible.unwrap(model)))
-            with eligible.trainable(model, names):
+                names.update(eligible.head_parameters(whole))
+            with eligible.trainable(whole, names):
                 stack = cls(model, **state["settings"])
         except (TypeError, ValueError) as error:
             raise storage.MaskFileError(f"{path} does not fit this model: {error}") from error

@@ -21,31 +21,32 @@ if TYPE_CHECKING:
 
 # Column -> whether more of it is better.
 METRICS = {"average_accuracy": True, "learning_accuracy": True, "forgetting": False}
-_RATES = ("learning_rate", "head_learning_rate")
+_TUNED = ("warmup_steps", "learning_rate", "head_learning_rate")
 _DRAW = ("seed", "tasks")
 
 
 def partner(result: Result, results: Iterable[Result], strategy: str) -> Result | None:
     """The run of ``strategy`` on the same seed, order of the tasks and settings; None without one.
 
-    Settings that one of the two strategies does not have are no difference. Learning rates are one
-    where the baseline was run at several: then they have to be equal. Where all of its runs
-    (whatever their seeds) have the same rates, these were tuned for it, and may be others than
+    Settings that one of the two strategies does not have are no difference. Warm-up and learning
+    rates are one where the baseline was run at several: then they have to be equal. Where all of
+    its runs (whatever their seeds) have the same, these were tuned for it, and may be others than
     those of ``result``.
     """
     alike = [other for other in results if _comparable(result, other, strategy)]
-    if len({_rates(other) for other in alike}) > 1:
-        alike = [other for other in alike if _rates(other) == _rates(result)]
+    for tuned in (_warm_up, _rates):
+        if len({tuned(other) for other in alike}) > 1:
+            alike = [other for other in alike if tuned(other) == tuned(result)]
     draw = [result.protocol.get(name) for name in _DRAW]
     return next((o for o in alike if [o.protocol.get(name) for name in _DRAW] == draw), None)
 
 
 def _comparable(result: Result, other: Result, strategy: str) -> bool:
-    """Whether a run is of the strategy, and agrees in all but rates, seed and order of tasks."""
+    """Whether a run is of the strategy, and agrees in all but _TUNED, seed and order of tasks."""
     if other.protocol["strategy"] != strategy:
         return False
     own, others = ({*OWN_SETTINGS.get(r.protocol["strategy"], ())} for r in (result, other))
-    left_out = {"strategy", *_RATES, *_DRAW, *(own ^ others)}
+    left_out = {"strategy", *_TUNED, *_DRAW, *(own ^ others)}
     settings = [
         {k: v for k, v in r.protocol.items() if k not in left_out and v is not None}
         | {"tasks": sorted(map(canonical, r.protocol.get("tasks") or []))}
@@ -53,6 +54,11 @@ def _comparable(result: Result, other: Result, strategy: str) -> bool:
         for r in (result, other)
     ]
     return settings[0] == settings[1]
+
+
+def _warm_up(result: Result) -> int | None:
+    """The steps in which the rates rise, of every task."""
+    return result.protocol.get("warmup_steps")
 
 
 def _rates(result: Result) -> tuple[float | None, float | None]:

@@ -53,6 +53,17 @@ def test_a_baseline_tuned_by_itself_is_paired_across_rates():
     assert partner(own, [*tuned, other], "finetune") is tuned[1]
 
 
+def test_a_baseline_at_one_warm_up_is_paired_across_warm_ups():
+    """Where it was run at several, at the equal one; rates are then compared among those."""
+    own = run("recall", 1, learning_rate=1e-3, warmup_steps=6)
+    tuned = [run("finetune", seed, learning_rate=5e-5, warmup_steps=20) for seed in SEEDS]
+    assert partner(own, tuned, "finetune") is tuned[1]
+    several = [*tuned, run("finetune", 2, learning_rate=5e-5, warmup_steps=10)]
+    assert partner(own, several, "finetune") is None
+    equal = run("finetune", 1, learning_rate=2e-4, warmup_steps=6)
+    assert partner(own, [*several, equal], "finetune") is equal
+
+
 @pytest.mark.parametrize(
     "settings", [{"epochs": 2}, {"data": "x"}, {"model": "x"}, {"train_size": 5}]
 )

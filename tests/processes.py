@@ -1,5 +1,6 @@
 """Functions run in several connected processes, as torchrun starts them: gloo, on the CPU."""
 
+import faulthandler
 import os
 import socket
 import tempfile
@@ -21,6 +22,8 @@ def in_processes(work: Callable[..., Any], *arguments: Any, count: int = 2) -> l
 
 
 def _run(rank, count, port, folder, work, arguments):
+    # A rank aborted twice ("terminate called without an active exception"): if again, say where.
+    faulthandler.enable()
     torch.set_num_threads(1)
     # What torchrun sets, but for its own mark: accelerate looks for them.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "HF_HUB_OFFLINE": "1"}
@@ -30,9 +33,6 @@ def _run(rank, count, port, folder, work, arguments):
     dist.init_process_group("gloo", timeout=timedelta(minutes=3))
     torch.save(work(*arguments), folder / str(rank))
     dist.destroy_process_group()
-    # What was to be done is done, and the interpreter's own end is left out: twice in our runs a
-    # process aborted about there ("terminate called without an active exception").
-    os._exit(0)
 
 
 def _free_port() -> int:

@@ -17,6 +17,11 @@ import torch.distributed as dist
 
 from bitstack_nb.owners import digest
 
+if dist.is_available() and not dist.is_initialized():
+    # Its default arguments keep the process group that stands when it is first imported, which
+    # torch would do at the first optimizer: the group would outlive `leave`, its threads too.
+    import torch.distributed.nn.functional
+
 SAME_MODEL = (
     "every rank must build the same model and stack, and train it data-parallel with the others"
 )

@@ -1,6 +1,5 @@
 """Functions run in several connected processes, as torchrun starts them: gloo, on the CPU."""
 
-import faulthandler
 import os
 import socket
 import tempfile
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bitstack_nb import ranks
+
 
 def in_processes(work: Callable[..., Any], *arguments: Any, count: int = 2) -> list[Any]:
     """What ``work(*arguments)``, a function of a module, returns on each rank, by rank."""
@@ -22,8 +23,6 @@ def in_processes(work: Callable[..., Any], *arguments: Any, count: int = 2) -> l
 
 
 def _run(rank, count, port, folder, work, arguments):
-    # A rank aborted twice ("terminate called without an active exception"): if again, say where.
-    faulthandler.enable()
     torch.set_num_threads(1)
     # What torchrun sets, but for its own mark: accelerate looks for them.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "HF_HUB_OFFLINE": "1"}
@@ -32,7 +31,7 @@ def _run(rank, count, port, folder, work, arguments):
     # Hanging ranks must fail the test, but slowly: the machine may be busy.
     dist.init_process_group("gloo", timeout=timedelta(minutes=3))
     torch.save(work(*arguments), folder / str(rank))
-    dist.destroy_process_group()
+    ranks.leave()
 
 
 def _free_port() -> int:

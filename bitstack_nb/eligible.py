@@ -163,12 +163,12 @@ def recall_parameters(
 
 
 def backbone_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Floating-point buffers that belong to a checkpoint, without those of heads, by name."""
+    """Real-valued buffers that belong to a checkpoint, without those of heads, by name."""
     kept = model.state_dict(keep_vars=True)
     return {
         canonical(name): buffer
         for name, buffer in model.named_buffers()
-        if name in kept and buffer.is_floating_point() and not _is_head(model, name)
+        if name in kept and not buffer.is_complex() and not _is_head(model, name)
     }
 
 

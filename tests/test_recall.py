@@ -175,12 +175,14 @@ class Exactness(RecallCase):
             stack.restore()
             self.assertEqual(stack.verify(), 0)
 
-    def test_running_statistics_stay_at_the_base(self):
+    def test_buffers_stay_at_the_base(self):
         model = tiny.plain()
         model.blocks[0].norm = nn.BatchNorm1d(tiny.LENGTH)
         model, _ = self.trained(model)
         self.assert_bits(model, self.after[-1])
-        self.assertTrue(torch.equal(model.blocks[0].norm.running_mean, torch.zeros(tiny.LENGTH)))
+        norm = model.blocks[0].norm
+        self.assertTrue(torch.equal(norm.running_mean, torch.zeros(tiny.LENGTH)))
+        self.assertEqual(norm.num_batches_tracked, 0)  # an integer, for a fixed base all the same
 
     def test_running_statistics_of_a_forward_pass_without_a_step(self):
         """The last accumulated batch, or one whose step a GradScaler skipped."""

@@ -30,6 +30,7 @@ _DRAWN = (
     "-ablation",
     "-stronger",
     "-evidence",
+    "-twenty-480-all-tests",
     "-twenty-480",
     "-twenty",
     "-plain-heads",

@@ -127,23 +127,16 @@ def test_the_readme_shows_the_costs_as_they_were_recorded(file):
     assert format_table(cost_table(report).round(3)) in README
 
 
-@pytest.mark.parametrize(
-    "folder", ["minilm-l6-evidence", "minilm-l6-twenty-480-all-tests", "minilm-l6-twenty-480"]
-)
+COMPARED = ["minilm-l6-evidence", "minilm-l6-twenty-480-all-tests", "minilm-l6-twenty-480"]
+
+
+@pytest.mark.parametrize("folder", COMPARED)
 def test_the_readme_shows_the_comparison_as_it_was_recorded(folder):
     results = load_results(ROOT / "results" / folder)
     assert format_table(summary(results)) in README
 
 
-@pytest.mark.parametrize(
-    "folder",
-    [
-        "minilm-l6-evidence",
-        "minilm-l6-twenty-480-all-tests",
-        "minilm-l6-twenty-480",
-        "minilm-l6-twenty",
-    ],
-)
+@pytest.mark.parametrize("folder", [*COMPARED, "minilm-l6-twenty"])
 def test_recorded_recall_has_forgotten_nothing(folder):
     recalled = [
         result

@@ -11,14 +11,15 @@ from pathlib import Path
 import datasets
 import torch
 
-from bitstack_nb import cost_report, ranks
-from bitstack_nb.benchmark import run
+from bitstack_nb import ranks
+from bitstack_nb.benchmark.protocol import Protocol
+from bitstack_nb.benchmark.runner import run
+from bitstack_nb.benchmark.sweeps import sweep
+from bitstack_nb.benchmark.training import find_device
+from bitstack_nb.cost import report as cost_report
 from bitstack_nb.options import RECORDED, RECORDED_COSTS, one_run, padded_protocol, parser
-from bitstack_nb.protocol import Protocol
-from bitstack_nb.results import Result, load_results
-from bitstack_nb.sweep import sweep
-from bitstack_nb.tables import format_table, table
-from bitstack_nb.training import find_device
+from bitstack_nb.results.result import Result, load_results
+from bitstack_nb.results.tables import format_table, table
 
 SYNTHETIC = (
     "Data: embedded, synthetic. These numbers show that the machinery works, not how well the "
@@ -81,7 +82,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from bitstack_nb.figures import write_cost_figures, write_figures  # loads matplotlib
+    from bitstack_nb.figures.figures import write_cost_figures, write_figures  # loads matplotlib
 
     together = {options.output: options.results}
     apart = {options.output / folder.name: [folder] for folder in RECORDED}

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from bitstack_nb import bits, storage
+from bitstack_nb import bits
+from bitstack_nb import maskfile as storage
 from bitstack_nb.eligible import place
 
 if TYPE_CHECKING:

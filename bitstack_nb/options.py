@@ -8,11 +8,10 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from bitstack_nb.protocol import OWN_SETTINGS, PRESETS, STRATEGIES, Protocol
-from bitstack_nb.sampling import SAMPLINGS
-from bitstack_nb.settings import BUDGETS, IMPORTANCES
-from bitstack_nb.sweep import BACKENDS
-from bitstack_nb.tasks import (
+from bitstack_nb.benchmark.protocol import OWN_SETTINGS, PRESETS, STRATEGIES, Protocol
+from bitstack_nb.benchmark.sweeps import BACKENDS
+from bitstack_nb.data.sampling import SAMPLINGS
+from bitstack_nb.data.tasks import (
     AG_NEWS_BINARY,
     EVALUATIONS,
     FIVE_TASKS,
@@ -20,6 +19,7 @@ from bitstack_nb.tasks import (
     Task,
     find_task,
 )
+from bitstack_nb.settings import BUDGETS, IMPORTANCES
 
 COMMANDS = ("run", "ablation", "stronger", "sweep", "figures", "cost")
 PARTS = ("costs", "growth", "padding")

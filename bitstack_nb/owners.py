@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bitstack_nb import bits, storage
+from bitstack_nb import bits
+from bitstack_nb import maskfile as storage
 from bitstack_nb.locks import TaskLocks, bit_pattern, differing, layer_table
 
 if TYPE_CHECKING:

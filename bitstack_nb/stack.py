@@ -24,7 +24,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from bitstack_nb import eligible, ranks, select, storage
+from bitstack_nb import eligible, ranks, select
+from bitstack_nb import maskfile as storage
 from bitstack_nb.fitting import HEAD_LEARNING_RATE, HEAD_STEPS
 from bitstack_nb.guard import Guard, LockedEntriesMoved
 from bitstack_nb.importance import measure
@@ -125,7 +126,7 @@ class BitStack:
                 not take are dropped.
             n_batches: how many to use; fewer are fine.
             observe: called with the importance, float32 by parameter name, before anything is
-                locked (:class:`bitstack_nb.curves.CurveRecorder`).
+                locked (:class:`bitstack_nb.benchmark.curves.CurveRecorder`).
 
         Returns:
             The new :meth:`stats`.
@@ -279,7 +280,7 @@ class BitStack:
 
     def callback(self) -> TrainerCallback:
         """The same guarantee for the transformers ``Trainer``: ``Trainer(callbacks=[...])``."""
-        from bitstack_nb.hf import BitStackCallback
+        from bitstack_nb.trainer import BitStackCallback
 
         return BitStackCallback(self)
 

@@ -13,9 +13,10 @@ import sys
 import tempfile
 import time
 
-from bitstack_nb import hub, inputs
 from bitstack_nb.__main__ import main
-from bitstack_nb.tasks import Task, load_task
+from bitstack_nb.benchmark import inputs
+from bitstack_nb.data import hub
+from bitstack_nb.data.tasks import Task, load_task
 
 
 def answer(request: dict) -> dict:

@@ -25,8 +25,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from bitstack_nb.embedded import embedded_split, embedded_vocabulary
-from bitstack_nb.tasks import FIVE_TASKS, Task
+from bitstack_nb.data.embedded import embedded_split, embedded_vocabulary
+from bitstack_nb.data.tasks import FIVE_TASKS, Task
 
 # As on the Hub: the configuration, which is the folder too ("data" where it is the default one).
 CONFIGURATIONS = {

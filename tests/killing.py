@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from bitstack_nb import Protocol, Result, run
-from bitstack_nb.inputs import load_inputs
-from bitstack_nb.sequence import TaskSequence
+from bitstack_nb.benchmark.inputs import load_inputs
+from bitstack_nb.benchmark.sequence import TaskSequence
 
 # For models this small a second thread only waits, for minutes on a machine that is busy.
 torch.set_num_threads(1)

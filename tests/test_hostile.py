@@ -19,9 +19,9 @@ from toy_results import run
 
 import bitstack_nb
 from bitstack_nb import BitStack
-from bitstack_nb.results import Result, ResultError
-from bitstack_nb.storage import MaskFileError
-from bitstack_nb.tables import format_table, table
+from bitstack_nb.maskfile import MaskFileError
+from bitstack_nb.results.result import Result, ResultError
+from bitstack_nb.results.tables import format_table, table
 
 # What stands where something else should, in JSON.
 JUNK = [

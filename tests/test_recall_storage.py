@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bitstack_nb import BitStack
-from bitstack_nb.storage import MaskFileError
+from bitstack_nb.maskfile import MaskFileError
 
 SERVE = """
 import sys

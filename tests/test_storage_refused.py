@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitstack_nb import BitStack
-from bitstack_nb.storage import MaskFileError
+from bitstack_nb.maskfile import MaskFileError
 
 
 class Refused(FileCase):

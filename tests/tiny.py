@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitstack_nb import BitStack
-from bitstack_nb.curves import CurveRecorder
+from bitstack_nb.benchmark.curves import CurveRecorder
 
 # For tensors this small a second thread only waits, for seconds on a machine that is busy.
 torch.set_num_threads(1)

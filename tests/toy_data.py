@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 
-from bitstack_nb.tasks import Task
+from bitstack_nb.data.tasks import Task
 
 TASK = Task(name="toy", dataset="someone/toy", text=("title", "body"), label="kind", num_labels=3)
 SIZES = {"train_size": 30, "test_size": 12, "seed": 0}

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from bitstack_nb.curves import SPARSITIES, LockCurves
-from bitstack_nb.metrics import summarize
-from bitstack_nb.results import Result
+from bitstack_nb.benchmark.curves import SPARSITIES, LockCurves
+from bitstack_nb.results.metrics import summarize
+from bitstack_nb.results.result import Result
 
 TASKS = ("imdb", "ag_news", "dbpedia")
 # (layer, module): eligible entries.

@@ -1,0 +1,235 @@
+"""Training and evaluation of one model on encoded tasks, by the transformers ``Trainer``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from bitstack_nb import ranks
+from bitstack_nb.benchmark.heads import Heads
+from bitstack_nb.benchmark.protocol import Protocol
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
+
+class MultiHead(nn.Module):
+    """One backbone under several heads at once; each row of a batch is scored by its task's.
+
+    Its forward takes a batch with ``task`` (int64 ``[batch]``, index into the heads' names) and
+    returns the mean loss over the rows.
+    """
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.backbone = heads.model
+        self.heads = nn.ModuleList(heads.modules().values())
+        self._swap = heads
+
+    def forward(
+        self,
+        task: torch.Tensor,
+        labels: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Loss over a batch that mixes tasks: ``{"loss": float scalar}``."""
+        columns = {
+            "labels": labels,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        loss = input_ids.new_zeros((), dtype=torch.float32)
+        for index in task.unique().tolist():
+            rows = task == index
+            model = self._swap.use(self._swap.names[index])
+            own = {name: c[rows] for name, c in columns.items() if c is not None}
+            loss = loss + model(**own).loss.float() * rows.sum() / len(task)
+        return {"loss": loss}
+
+
+def mixed(rows: Mapping[int, Dataset]) -> Dataset:
+    """Rows of one task as they are; of several together, each marked with its task's index."""
+    if len(rows) == 1:
+        return next(iter(rows.values()))
+    marked = [part.add_column("task", [task] * len(part)) for task, part in rows.items()]
+    return concatenate_datasets(marked)
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    collate: Collate,
+    *,
+    protocol: Protocol,
+    seed: int,
+    device: torch.device,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> int:
+    """Train in place and return how many steps. Batches are grouped by length; GPUs get autocast.
+
+    Several ranks share each batch; the weights are equal on all of them afterwards.
+    """
+    with _trainer(model, collate, protocol, device, seed, callbacks) as trainer:
+        trainer.train_dataset = data
+        if protocol.head_learning_rate is not None:
+            _set_head_rate(trainer, protocol.head_learning_rate)
+        return trainer.train().global_step
+
+
+def _set_head_rate(trainer: Trainer, rate: float) -> None:
+    """Part the Trainer's own groups into backbone and heads; its schedule scales both alike."""
+    model = trainer.model.backbone if isinstance(trainer.model, MultiHead) else trainer.model
+    backbone = {id(p) for p in model.base_model.parameters()}
+    optimizer = trainer.create_optimizer()
+    for group in list(optimizer.param_groups):
+        heads = [p for p in group["params"] if id(p) not in backbone]
+        group["params"] = [p for p in group["params"] if id(p) in backbone]
+        if heads:
+            optimizer.add_param_group({**group, "params": heads, "lr": rate})
+
+
+def accuracy(
+    model: nn.Module,
+    data: Dataset,
+    collate: Collate,
+    *,
+    protocol: Protocol,
+    device: torch.device,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> float:
+    """Percent of the examples that the model classifies as labelled."""
+    with _trainer(model, collate, protocol, device, 0, callbacks) as trainer:
+        # Sorted, so that a batch needs little padding; accuracy does not depend on the order.
+        prediction = trainer.predict(data.select(numpy.argsort(data["length"]).tolist()))
+    return 100 * float((prediction.predictions == prediction.label_ids).mean())
+
+
+@contextmanager
+def _trainer(
+    model: nn.Module,
+    collate: Collate,
+    protocol: Protocol,
+    device: torch.device,
+    seed: int,
+    callbacks: Sequence[TrainerCallback],
+) -> Iterator[Trainer]:
+    half = half_precision(device)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=protocol.batch_size // ranks.count(),
+            per_device_eval_batch_size=4 * protocol.batch_size // ranks.count(),
+            num_train_epochs=protocol.epochs,
+            learning_rate=protocol.learning_rate,
+            weight_decay=protocol.weight_decay,
+            warmup_steps=protocol.warmup_steps,
+            train_sampling_strategy="group_by_length",
+            length_column_name="length",
+            remove_unused_columns=False,
+            label_names=["labels"],
+            seed=seed,
+            use_cpu=device.type == "cpu",
+            bf16=half == "bf16",
+            fp16=half == "fp16",
+            dataloader_pin_memory=device.type == "cuda",
+            # Else ranks draw each epoch's order from global generators, which dropout sets apart.
+            accelerator_config={"use_seedable_sampler": False},
+            # Else the loss is multiplied by the number of ranks, for classifiers too, and clipped.
+            average_tokens_across_devices=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        # One GPU: DataParallel would multiply the batch, and its replicas cannot swap heads.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            data_collator=collate,
+            callbacks=list(callbacks),
+            preprocess_logits_for_metrics=_classes,
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            yield trainer
+        finally:
+            # accelerate wraps forward in autocast once and leaves both wrapper and mark behind. The
+            # wrapper would still be there in update(), and a resumed run would not have it; with
+            # the mark the next Trainer would neither wrap it again nor train it data-parallel.
+            if "_original_forward" in vars(model):
+                del model.forward, model._original_forward
+            vars(model).pop("_is_accelerate_prepared", None)
+
+
+def _classes(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    """The predicted classes; some models give hidden states or caches behind the logits."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def half_precision(device: torch.device) -> str | None:
+    """The autocast type that training uses on a device: ``bf16``, ``fp16`` or None."""
+    if device.type != "cuda":
+        return None
+    # A T4 emulates bf16, slowly; fp16 is what its tensor cores do.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def find_device(name: str) -> torch.device:
+    """The device for ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {name!r}, expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch sees no GPU here: use auto or cpu")
+    found = "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    return torch.device(found)
+
+
+def join_ranks(device: torch.device) -> None:
+    """Connect the processes that torchrun or ``accelerate launch`` started, a GPU for each.
+
+    Raises:
+        ValueError: they were started otherwise, and the Trainer would train in each by itself.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or ranks.count() > 1:
+        trained_by = PartialState(cpu=device.type == "cpu").num_processes
+        if trained_by != ranks.count():
+            raise ValueError(
+                f"there are {ranks.count()} processes, and the Trainer would train over "
+                f"{trained_by}: start them by torchrun or accelerate launch"
+            )
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over all training and evaluation batches of a run."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Count a training step."""
+        self._bar.update(1)
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """Count an evaluation batch."""
+        self._bar.update(1)

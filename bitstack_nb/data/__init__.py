@@ -1,0 +1,19 @@
+"""Tasks, their texts, and backbones: from the Hub, from folders, or made on the spot."""
+
+from bitstack_nb.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "AG_NEWS_BINARY": "tasks",
+        "FIVE_TASKS": "tasks",
+        "Task": "tasks",
+        "find_task": "tasks",
+        "load_task": "tasks",
+        "DataError": "sources",
+        "BackboneError": "checkpoints",
+        "load_backbone": "backbones",
+        "encode": "backbones",
+        "collate": "backbones",
+    },
+)

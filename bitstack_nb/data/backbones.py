@@ -1,0 +1,232 @@
+"""A backbone: a transformers sequence classifier in float32, its tokenizer, and batches for it.
+
+Scope: loading by Hub name or local folder, or the tiny GPT-2 made on the spot; texts to token
+columns; token columns to padded batches. Heads, one per task, are in ``heads``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from torch import nn
+
+from bitstack_nb.data.checkpoints import BackboneError, load_pretrained
+
+TINY = "tiny-gpt2"
+_TINY_POSITIONS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A sequence classifier and what goes with it.
+
+    Attributes:
+        model: a float32 ``...ForSequenceClassification``.
+        tokenizer: ready to pad for that model.
+        name: the Hub name, folder or ``"tiny-gpt2"`` it was asked for by.
+        max_length: tokens that a text is cut to.
+        provenance: JSON-able. ``source`` is ``"hub"`` (with ``revision``, the commit), ``"folder"``
+            (with ``sha256`` per weight file) or ``"built"`` (with ``seed`` and ``vocabulary``, the
+            version of the embedded grammar); ``backbone_parameters`` counts all but the head's.
+    """
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    name: str
+    max_length: int
+    provenance: dict[str, Any]
+
+
+def load_backbone(name: str, *, max_length: int, seed: int) -> Backbone:
+    """Load a sequence classifier of transformers with its tokenizer, on the CPU.
+
+    Args:
+        name: ``"tiny-gpt2"`` (made on the spot), a local folder, or a name on the Hub.
+        max_length: tokens that a text is cut to.
+        seed: draws the weights that the checkpoint lacks (the head's, as a rule; for the tiny
+            GPT-2, all). The global random state is left as found.
+
+    Raises:
+        BackboneError: unknown name, no network, a folder that holds no model or no tokenizer, no
+            sequence classifier for the architecture, ``max_length`` beyond the model's positions.
+    """
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+        raise BackboneError(f"max_length must be a positive whole number, got {max_length!r}")
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that would also reseed every GPU, which the fork leaves out.
+        torch.default_generator.manual_seed(seed)
+        model, tokenizer, source = _build_tiny(seed) if name == TINY else load_pretrained(name)
+    limit = _positions(model)
+    if limit is not None and max_length > limit:
+        raise BackboneError(
+            f"{name}: max_length {max_length} is more than the model's {limit} positions;"
+            f" take at most {limit}"
+        )
+    _prepare(model, tokenizer, name)
+    count = sum(parameter.numel() for parameter in model.base_model.parameters())
+    return Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        max_length=max_length,
+        provenance={**source, "backbone_parameters": count},
+    )
+
+
+def encode(data: datasets.Dataset, backbone: Backbone) -> datasets.Dataset:
+    """Tokenize and cut at ``backbone.max_length``; in memory and unpadded.
+
+    Args:
+        data: columns ``text`` (str) and ``label`` (int).
+
+    Returns:
+        The rows in order, with the columns that the model's tokenizer makes (``input_ids``,
+        ``attention_mask``, for some ``token_type_ids``), ``labels`` and ``length`` (in tokens).
+
+    Raises:
+        BackboneError: no rows, or another set of columns.
+    """
+    if len(data) == 0 or not {"text", "label"} <= set(data.column_names):
+        raise BackboneError(
+            f"expected rows with the columns text and label, got {len(data)} rows with"
+            f" {', '.join(data.column_names) or 'no columns'}"
+        )
+    columns = _tokenize(data[:], tokenizer=backbone.tokenizer, max_length=backbone.max_length)
+    return datasets.Dataset.from_dict(columns)
+
+
+def collate(backbone: Backbone) -> Callable[[list[Mapping[str, Any]]], dict[str, torch.Tensor]]:
+    """Return a function that makes a padded batch of rows that :func:`encode` gave.
+
+    The batch holds int64 tensors: the model's inputs ``[rows, longest]``, ``labels`` ``[rows]``,
+    and, if the rows have an integer ``task``, ``task`` ``[rows]``. For decoders the padding is on
+    the left and ``position_ids`` count from each row's first token, so that the logits do not
+    depend on how much padding a batch needs. Other keys are dropped.
+    """
+    # A partial of a module's function can be pickled, which data loader workers may need.
+    takes_positions = "position_ids" in _forward_parameters(backbone.model)
+    return partial(
+        _pad,
+        tokenizer=backbone.tokenizer,
+        positions=_is_decoder(backbone.model) and takes_positions,
+    )
+
+
+def _tokenize(
+    batch: Mapping[str, list[Any]],
+    *,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    max_length: int,
+) -> dict[str, list[Any]]:
+    texts = [text if text else "" for text in batch["text"]]
+    encoded = tokenizer(texts, truncation=True, max_length=max_length)
+    blank = tokenizer(".", truncation=True, max_length=max_length)
+    for row, tokens in enumerate(encoded["input_ids"]):
+        # A decoder has no token to pool in a row of padding only, and its attention over nothing
+        # gives NaN: an empty text is read as a full stop.
+        if all(token == tokenizer.pad_token_id for token in tokens):
+            for column in encoded:
+                encoded[column][row] = blank[column]
+    lengths = [len(tokens) for tokens in encoded["input_ids"]]
+    return {**encoded, "labels": batch["label"], "length": lengths}
+
+
+def _pad(
+    rows: list[Mapping[str, Any]],
+    *,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    positions: bool,
+) -> dict[str, torch.Tensor]:
+    inputs = [name for name in tokenizer.model_input_names if name in rows[0]]
+    batch = dict(
+        tokenizer.pad({name: [row[name] for row in rows] for name in inputs}, return_tensors="pt")
+    )
+    if positions:
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    for name in ("labels", "task"):
+        if name in rows[0]:
+            batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.int64)
+    return batch
+
+
+def _is_decoder(model: nn.Module) -> bool:
+    # transformers names the head `score` in the classifiers that pool the last token.
+    return hasattr(model, "score")
+
+
+def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
+
+
+def _positions(model: transformers.PreTrainedModel) -> int | None:
+    """Return how many tokens the model has positions for, or None where there is no limit."""
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from the padding index on.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            return module.num_embeddings - module.padding_idx - 1
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None  # XLNet's -1 means none
+
+
+def _prepare(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    name: str,
+) -> None:
+    """Make model and tokenizer fit each other and the task: one integer label a text."""
+    # A checkpoint may have been saved for regression or multi-label, which changes the loss.
+    model.config.problem_type = "single_label_classification"
+    taken = _forward_parameters(model)
+    tokenizer.model_input_names = [key for key in tokenizer.model_input_names if key in taken]
+    if not _is_decoder(model):
+        return
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BackboneError(
+                f"{name}: the tokenizer has neither a padding nor an end token, and a decoder"
+                " needs one in batches; save one with the tokenizer (tokenizer.pad_token = ...)"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
+        config.use_cache = False  # each text is read once: the cache would only cost memory
+
+
+def _build_tiny(
+    seed: int,
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, dict[str, Any]]:
+    """Make a GPT-2 of 2 layers with random weights, and a word tokenizer for the embedded tasks."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from bitstack_nb.data.embedded import EMBEDDED_VERSION, embedded_vocabulary
+
+    words = ["<pad>", "<unk>", *embedded_vocabulary()]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    rules = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    rules.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=rules,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    config = transformers.GPT2Config(
+        vocab_size=len(words),
+        n_positions=_TINY_POSITIONS,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = transformers.GPT2ForSequenceClassification(config).eval()
+    return model, tokenizer, {"source": "built", "seed": seed, "vocabulary": EMBEDDED_VERSION}

@@ -1,0 +1,16 @@
+"""What notebooks need beside the package: the first cell, and the explorer."""
+
+from bitstack_nb.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "to_install": "first_cell",
+        "describe": "first_cell",
+        "report": "first_cell",
+        "duration": "first_cell",
+        "default_output": "first_cell",
+        "output_folder": "first_cell",
+        "explore": "explorer",
+    },
+)

@@ -1,0 +1,187 @@
+"""One run's Result, as JSON that can be read by eye."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from bitstack_nb.files import replacing
+from bitstack_nb.results.metrics import accuracy_matrix
+from bitstack_nb.results.plain_json import plain, render
+
+FORMAT = 1
+
+
+class ResultError(ValueError):
+    """A result, or a file that should hold one, is not what it has to be."""
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What one run gives. Everything is kept as plain JSON values; NaN and inf become None.
+
+    protocol: what was run; ``strategy``, ``tasks`` (dicts with ``name``, in order), ``seed``, ...
+    matrix: accuracies in percent, see ``metrics``; None only where ``provenance["published"]``
+    names the source of numbers that were not measured here. metrics: name -> value or None.
+    locks: the records of the last ``BitStack.layer_table()``. lock_stats: ``BitStack.stats()``
+    after each task. importance: what other sparsities would have locked, the record of a
+    ``LockCurves``. times: seconds, by stage; ``step`` is the mean of its training steps.
+    peak_memory: MiB. storage: ``bytes`` to keep beside one backbone and the heads, to predict every
+    task and to go on to another. drift: by group of weights, task 1's accuracy at the end with that
+    group as task 1 left it (``drift.attribute``). Raises ResultError, and TypeError for values that
+    JSON cannot hold.
+    """
+
+    protocol: dict[str, Any]
+    matrix: list[list[float | None]] | None
+    metrics: dict[str, float | None]
+    locks: list[dict[str, Any]] = field(default_factory=list)
+    lock_stats: list[dict[str, Any]] = field(default_factory=list)
+    importance: dict[str, Any] = field(default_factory=dict)
+    times: dict[str, Any] = field(default_factory=dict)
+    peak_memory: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    storage: dict[str, Any] = field(default_factory=dict)
+    drift: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = plain(getattr(self, item.name), item.name)
+            setattr(self, item.name, value)
+            kind = list if item.name in ("matrix", "locks", "lock_stats") else dict
+            if not isinstance(value, kind) and not (item.name == "matrix" and value is None):
+                raise ResultError(f"{item.name} must be a {kind.__name__}, got {value!r}")
+        self._check_protocol()
+        self._check_numbers()
+        self._check_matrix()
+
+    def _check_protocol(self) -> None:
+        if not isinstance(self.protocol.get("strategy"), str):
+            raise ResultError(f"protocol needs a strategy, it has {sorted(self.protocol)}")
+        tasks = self.protocol.get("tasks", [])
+        if not isinstance(tasks, list):
+            raise ResultError(f"protocol.tasks must be a list, got {tasks!r}")
+        for task in tasks:
+            if not isinstance(task, dict) or not isinstance(task.get("name"), str):
+                raise ResultError(f"protocol.tasks must be dicts with a name, got {task!r}")
+
+    def _check_numbers(self) -> None:
+        """What tables and figures calculate with."""
+        records = {"metrics": self.metrics, "storage": self.storage}
+        records |= {f"lock_stats[{at}]": own for at, own in enumerate(self.lock_stats)}
+        records |= {f"drift.{group}": own for group, own in self.drift.items()}
+        for where, record in records.items():
+            if not isinstance(record, dict):
+                raise ResultError(f"{where} must be a dict, got {record!r}")
+            for name, value in record.items():
+                if value is not None and not _is_number(value):
+                    raise ResultError(f"{where}.{name} must be a number or null, got {value!r}")
+        for at, record in enumerate(self.locks):
+            if not isinstance(record, dict):
+                raise ResultError(f"locks[{at}] must be a dict, got {record!r}")
+
+    def _check_matrix(self) -> None:
+        if self.matrix is None:
+            if not self.provenance.get("published"):
+                raise ResultError(
+                    "matrix is null: give the measured accuracies, or name the source of "
+                    'published numbers in provenance["published"]'
+                )
+            return
+        try:
+            size = len(accuracy_matrix(self.matrix))
+        except ValueError as error:
+            raise ResultError(str(error)) from error
+        for value in (value for row in self.matrix for value in row):
+            if value is not None and not _is_number(value):
+                raise ResultError(f"the accuracy matrix must hold numbers or null, got {value!r}")
+        tasks = self.protocol.get("tasks")
+        if tasks is not None and len(tasks) != size:
+            raise ResultError(f"the matrix has {size} rows, but protocol names {len(tasks)} tasks")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON that can be read by eye; ``path`` is whole, or as it was before.
+
+        Raises OSError, naming the file, where it cannot be written.
+        """
+        text = render({"format": FORMAT} | {f.name: getattr(self, f.name) for f in fields(self)})
+        try:
+            with replacing(path) as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(
+                error.errno,
+                f"cannot write the result ({reason}): make room or choose another place",
+                str(path),
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Result:
+        """Read what ``save`` wrote. Raises ResultError naming the file and what is wrong in it."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            json.dumps(data, ensure_ascii=False).encode()  # no half of a surrogate pair
+        except OSError as error:
+            raise ResultError(f"cannot read the result {path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:  # bad JSON or UTF-8, nested without end
+            raise ResultError(
+                f"{path} is truncated or not JSON ({error}): delete it and run again"
+            ) from error
+        try:
+            return cls(**_checked(data))
+        except ResultError as error:
+            raise ResultError(f"{path}: {error}") from error
+
+
+def load_results(*paths: str | os.PathLike[str]) -> list[Result]:
+    """Load result files, and every ``*.json`` at any depth of folders, sorted by path.
+
+    A file that is reached twice is loaded once; the ``*.state`` folders of runs that have not
+    finished are left out. Raises ResultError for a path that is not there, for a folder without
+    results and for every file that holds no result.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        files = _json_files(path) if path.is_dir() else [path]
+        if not files:
+            raise ResultError(f"no result (*.json) in {path}: run something with that output first")
+        found.update(dict.fromkeys(file.resolve() for file in files))
+    return [Result.load(file) for file in found]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one to calculate with: JSON's integers may be beyond every float."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < 1e300
+
+
+def _json_files(folder: Path) -> list[Path]:
+    files = sorted(folder.rglob("*.json"))
+    suffixes = [{parent.suffix for parent in f.relative_to(folder).parents} for f in files]
+    return [f for f, above in zip(files, suffixes, strict=True) if ".state" not in above]
+
+
+def _checked(data: Any) -> dict[str, Any]:
+    """The fields of a file's JSON, once its format and keys are known to be right."""
+    version = data.get("format") if isinstance(data, dict) else None
+    if not isinstance(version, int):
+        raise ResultError("not a result of bitstack_nb: it has no format number")
+    if version != FORMAT:
+        raise ResultError(
+            f"format {version}, this version reads {FORMAT}: use the bitstack_nb that wrote it "
+            "or a newer one"
+        )
+    names = {item.name for item in fields(Result)}
+    optional = {"importance", "storage", "drift"}  # runs recorded by earlier versions have none
+    source = data.get("provenance")
+    if isinstance(source, dict) and source.get("published"):
+        optional |= {"locks", "lock_stats", "times", "peak_memory"}
+    missing, unknown = names - optional - set(data), set(data) - names - {"format"}
+    if missing or unknown:
+        raise ResultError(
+            f"not a whole result: missing {sorted(missing)}, not known here {sorted(unknown)}"
+        )
+    return {name: value for name, value in data.items() if name != "format"}

@@ -1,0 +1,328 @@
+"""What defines each strategy, on tiny models driven stage by stage."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+
+from bitstack_nb import BitStack, Protocol
+from bitstack_nb.benchmark.strategies import STRATEGIES
+from bitstack_nb.benchmark.strategies.rivals import kept_rows, single_examples
+from bitstack_nb.benchmark.strategies.stacked import small_parameters
+from bitstack_nb.fitting import fit_head
+from bitstack_nb.settings import CONTROLS
+
+PROTOCOL = Protocol(tasks=("imdb", "ag_news", "dbpedia"), batch_size=6, n_batches=2)
+
+
+def make(name: str, model, **settings):
+    defaults = {"n_batches": 2} if "mask" in name or name in ("bitstack", "ewc") else {}
+    return STRATEGIES[name](model, PROTOCOL.with_strategy(name, **defaults, **settings))
+
+
+def train_stage(strategy, number: int, *, rate: float = 1e-2) -> None:
+    """What the benchmark and the Trainer do in a stage, in plain torch."""
+    model, batches = strategy.model, tiny.batches(4, seed=number)
+    strategy.before_stage(number, batches)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.1)
+    callbacks = strategy.callbacks()
+    for callback in callbacks:
+        callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    tiny.train(model, optimizer, batches, seed=number)
+    for callback in callbacks:
+        callback.on_train_end(None, None, None, model=model)
+    strategy.after_stage(number, batches)
+
+
+def backbone(model) -> dict[str, torch.Tensor]:
+    return tiny.snapshot(model.base_model)
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(torch.equal(tiny.as_bits(one[name]), tiny.as_bits(other[name])) for name in one)
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(**tiny.batches(1, seed=9)[0]).logits
+
+
+def test_frozen_moves_the_backbone_in_the_first_task_only():
+    model = tiny.bert()
+    strategy, base = make("frozen", model), backbone(model)
+    train_stage(strategy, 0)
+    first, head = backbone(model), model.classifier.weight.detach().clone()
+    assert not same(base, first)
+    train_stage(strategy, 1)
+    assert same(first, backbone(model))
+    assert not torch.equal(head, model.classifier.weight)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bert", "distilbert"])
+@pytest.mark.parametrize("name", ["single", "lora"])
+def test_a_task_keeps_its_model_bit_for_bit(name, architecture):
+    model = tiny.ARCHITECTURES[architecture][0](0)
+    strategy, seen, heads = make(name, model), [], []
+    head = [p for n, p in model.named_parameters() if not n.startswith(model.base_model_prefix)]
+    for task in range(3):
+        train_stage(strategy, task)
+        seen.append(logits(model))
+        heads.append([p.detach().clone() for p in head])
+    assert not torch.equal(seen[0], seen[2])
+    present = backbone(model)
+    for task in (1, 0, 2):
+        with strategy.model_of(task) as shown, torch.no_grad():
+            for parameter, value in zip(head, heads[task], strict=True):
+                parameter.copy_(value)
+            assert torch.equal(logits(shown), seen[task])
+        assert same(present, backbone(model))
+        assert torch.equal(logits(model), seen[2]) or task != 2
+
+
+def test_lora_moves_only_the_adapter_of_its_task():
+    model = tiny.gpt2()
+    strategy = make("lora", model)
+    before = backbone(model)
+    for task in range(2):
+        train_stage(strategy, task)
+        moved = {
+            n for n, changed in tiny.changed(model.base_model, before).items() if changed.any()
+        }
+        assert moved and all(f".task{task}." in name and ".lora_" in name for name in moved)
+        before = backbone(model)
+
+
+def test_every_single_model_starts_from_the_base():
+    model = tiny.gpt2()
+    strategy, base = make("single", model), backbone(model)
+    for task in range(2):
+        train_stage(strategy, task)
+        assert not same(base, backbone(model))
+    strategy.before_stage(2, [])
+    assert same(base, backbone(model))
+
+
+def test_a_head_is_fitted_as_exact_recall_fits_it():
+    """And nothing else moves."""
+    model, batches = tiny.bert(), tiny.batches(2, seed=0)
+    base, head = backbone(model), tiny.snapshot(model.classifier)
+    fit_head(model, batches, steps=4)
+    assert same(base, backbone(model)) and not same(head, tiny.snapshot(model.classifier))
+    recall = BitStack(tiny.bert(), 0.2, mode="recall")
+    recall.begin(batches, head_steps=4)
+    assert same(tiny.snapshot(model.classifier), tiny.snapshot(recall.export(None).classifier))
+
+
+def test_lora_leaves_the_global_generator_alone_and_draws_by_the_seed():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    one, two = tiny.bert(), tiny.bert()
+    make("lora", one)
+    assert torch.equal(torch.rand(1), expected)
+    make("lora", two)
+    assert same(backbone(one), backbone(two))
+
+
+def test_lora_without_peft_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft.functional", None)
+    with pytest.raises(ValueError, match="pip install -U peft"):
+        make("lora", tiny.bert())
+
+
+# The controls and the strict method --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", ["union", "fresh"])
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_locks_as_many_entries_as_bitstack(name, budget):
+    counts = {}
+    for each in ("bitstack", name):
+        strategy = make(each, tiny.gpt2(), budget=budget)
+        counts[each] = []
+        for task in range(3):
+            train_stage(strategy, task)
+            counts[each].append(strategy.stats()["locked"])
+    ours, method = counts[name], counts["bitstack"]
+    assert ours[0] == method[0] > 0
+    # Behind the masks every task locks its share; otherwise the overlap is this run's own.
+    assert ours == (method if budget == "fresh" else pytest.approx(method, rel=0.2))
+    assert ours == sorted(set(ours))
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_holds_what_it_locks(name):
+    model = tiny.gpt2()
+    strategy = make(name, model)
+    train_stage(strategy, 0)
+    before, masks = tiny.snapshot(model), dict(strategy._stack.masks)
+    train_stage(strategy, 1)
+    changed = tiny.changed(model, before)
+    assert not any(changed[n][mask].any() for n, mask in masks.items())
+    free = torch.cat([changed[n][~mask] for n, mask in masks.items()])
+    assert free.float().mean() > 0.5
+
+
+def test_the_random_mask_is_drawn_by_the_seed():
+    def masks(seed: int) -> torch.Tensor:
+        model = tiny.gpt2()
+        protocol = replace(PROTOCOL.with_strategy("random-mask", n_batches=2), seed=seed)
+        strategy = STRATEGIES["random-mask"](model, protocol)
+        strategy.after_stage(0, tiny.batches(2, seed=0))
+        return torch.cat([mask.flatten() for mask in strategy._stack.masks.values()])
+
+    assert torch.equal(masks(0), masks(0))
+    drawn, other = masks(0), masks(1)
+    share = drawn.float().mean()
+    assert (drawn & other).float().mean() == pytest.approx(float(share**2), rel=0.5)
+
+
+def test_the_magnitude_mask_is_that_of_the_largest_free_weights():
+    model = tiny.gpt2()
+    strategy = make("magnitude-mask", model)
+    for task in range(2):
+        earlier = {n: mask.clone() for n, mask in strategy._stack.masks.items()}
+        weights = dict(model.named_parameters())
+        strategy.after_stage(task, tiny.batches(2, seed=task))
+        pairs = [
+            (weights[n].detach().abs()[~earlier[n]], mask[~earlier[n]])
+            for n, mask in strategy._stack.masks.items()
+        ]
+        size, chosen = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        assert chosen.any() and not chosen.all()
+        assert size[chosen].min() >= size[~chosen].max()
+
+
+def test_strict_freezes_embeddings_norms_and_biases_after_the_first_task():
+    model = tiny.bert()
+    strategy = make("bitstack-strict", model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    small = {names[id(p)] for p in small_parameters(model.base_model)}
+    assert {name.rpartition(".")[2] for name in small} == {"weight", "bias"}
+    assert all("embedding" in n or "Norm" in n or n.endswith("bias") for n in small)
+    before = tiny.snapshot(model)
+    train_stage(strategy, 0)
+    assert all(tiny.changed(model, before)[name].any() for name in small if "key.bias" not in name)
+    before = tiny.snapshot(model)
+    train_stage(strategy, 1)
+    changed = tiny.changed(model, before)
+    assert not any(changed[name].any() for name in small)
+    matrices = set(strategy._stack.masks) - small
+    assert all(changed[name].any() for name in matrices)
+
+
+# EWC and replay ----------------------------------------------------------------------------------
+
+
+def test_ewc_without_strength_is_fine_tuning_bit_for_bit():
+    ended = []
+    for name, settings in (("finetune", {}), ("ewc", {"strength": 0})):
+        model = tiny.bert()
+        strategy = make(name, model, **settings)
+        for task in range(3):
+            train_stage(strategy, task)
+        ended.append(tiny.snapshot(model))
+    assert same(*ended)
+
+
+def test_ewc_holds_what_matters():
+    """The stronger the penalty, the less do weights with a large Fisher move, not all alike."""
+    moved = {}
+    for strength in (0, 1e6):
+        model = tiny.bert()
+        strategy = make("ewc", model, strength=strength)
+        train_stage(strategy, 0)
+        before, fisher = backbone(model), dict(strategy._fisher)
+        train_stage(strategy, 1, rate=1e-3)
+        distance = torch.cat([(backbone(model)[n] - before[n]).flatten().abs() for n in fisher])
+        weight = torch.cat([f.flatten() for f in fisher.values()])
+        top = weight >= weight.quantile(0.95)
+        moved[strength] = float(distance[top].mean()), float(distance[weight == 0].mean())
+    assert moved[1e6][0] < 0.6 * moved[0][0]
+    assert moved[1e6][1] > 0.9 * moved[0][1]
+
+
+def test_ewcs_fisher_and_penalty_are_those_of_the_formula():
+    model = tiny.bert()
+    strategy = make("ewc", model, strength=3.0)
+    batches = tiny.batches(2, seed=0)
+    strategy.after_stage(0, batches)
+    strategy.after_stage(1, batches)
+    strategy.before_stage(2, batches)
+    assert float(strategy.penalty().detach()) == 0
+    model.eval()
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    squares = torch.zeros_like(weight)
+    examples = list(single_examples(batches))
+    assert len(examples) == 12
+    for example in examples:
+        squares += torch.autograd.grad(model(**example).loss, weight)[0].square()
+    fisher = 2 * squares / 12  # two tasks, the same data
+    found = strategy._fisher["encoder.layer.0.output.dense.weight"]
+    assert torch.allclose(found, fisher, rtol=1e-3, atol=1e-12)
+    with torch.no_grad():
+        weight += 0.5
+    assert float(strategy.penalty().detach()) == pytest.approx(
+        1.5 * 0.25 * float(fisher.sum()), rel=1e-3
+    )
+
+
+def test_ewc_leaves_no_hook_on_the_model():
+    model = tiny.bert()
+    strategy = make("ewc", model)
+    train_stage(strategy, 0)
+    assert not model._forward_hooks
+
+
+def rows(task: int, count: int) -> Dataset:
+    ids = [[task, number] for number in range(count)]
+    return Dataset.from_dict({"input_ids": ids, "labels": [0] * count, "length": [2] * count})
+
+
+def test_replay_draws_its_examples_by_the_seed():
+    data = [rows(task, 30) for task in range(3)]
+    protocol = PROTOCOL.with_strategy("replay", replay_size=8)
+    replay = STRATEGIES["replay"]
+    assert {task: len(own) for task, own in replay.rows([0], data, protocol).items()} == {0: 30}
+    third = replay.rows([2], data, protocol)
+    assert {task: len(own) for task, own in third.items()} == {0: 8, 1: 8, 2: 30}
+    drawn = {task: [tuple(ids) for ids in own["input_ids"]] for task, own in third.items()}
+    assert all(len({*ids}) == len(ids) for ids in drawn.values())
+    second = replay.rows([1], data, protocol)
+    assert [tuple(ids) for ids in second[0]["input_ids"]] == drawn[0]
+    assert [number for _, number in drawn[0]] != [number for _, number in drawn[1]]
+    other = kept_rows(data[0], 0, replace(protocol, seed=1))
+    assert [tuple(ids) for ids in other["input_ids"]] != drawn[0]
+    assert len(kept_rows(rows(0, 5), 0, protocol)) == 5
+
+
+# What it takes to keep the tasks -----------------------------------------------------------------
+
+
+def test_storage_is_what_the_tensors_take():
+    model = tiny.bert()
+    weights = sum(4 * p.numel() for p in model.base_model.parameters())
+    eligible = make("bitstack", model).stats()["eligible"]
+    data = [rows(task, 30) for task in range(3)]
+    found = {}
+    for name in ("finetune", "bitstack", "random-mask", "ewc", "single", "lora", "frozen"):
+        strategy = make(name, tiny.bert())
+        for task in range(3):
+            train_stage(strategy, task)
+        found[name] = strategy.storage(data)
+    assert found["finetune"] == found["frozen"] == 0
+    assert eligible / 8 <= found["bitstack"] == found["random-mask"] < eligible / 8 + 100
+    assert found["single"] == 3 * weights
+    assert 0 < found["ewc"] <= weights
+    ranks = [module.weight.shape for module in linear_layers(model.base_model)]
+    assert found["lora"] == 3 * 4 * 8 * sum(out + inside for out, inside in ranks)
+    replay = make("replay", model, replay_size=8)
+    assert replay.storage(data) == 3 * 8 * (2 + 1) * 4
+
+
+def linear_layers(module):
+    return [m for m in module.modules() if isinstance(m, torch.nn.Linear)]

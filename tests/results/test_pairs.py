@@ -1,0 +1,150 @@
+"""Pairs: the same seed under two strategies, their differences, and what they settle."""
+
+import math
+import re
+
+import pytest
+from toy_results import TASKS, published, run
+
+from bitstack_nb.figures.reports import summary
+from bitstack_nb.results.metrics import mean_interval
+from bitstack_nb.results.pairs import METRICS, paired_table, partner, verdict
+from bitstack_nb.results.result import ResultError
+
+SEEDS = range(4)
+RESULTS = [run(strategy, seed) for seed in SEEDS for strategy in ("finetune", "bitstack")]
+
+
+def shifted(points: list[float]) -> list:
+    """Pairs whose BitStack run forgets ``points`` more than its fine-tuning partner."""
+    pairs = []
+    for seed, more in enumerate(points):
+        pair = run("finetune", seed), run("bitstack", seed)
+        pair[1].metrics["forgetting"] = pair[0].metrics["forgetting"] + more
+        pairs += pair
+    return pairs
+
+
+def test_a_partner_agrees_in_all_that_both_say():
+    own = run(seed=1, learning_rate=1e-4)
+    others = [
+        run("joint", 1, learning_rate=1e-4),
+        run("finetune", 2, learning_rate=1e-4),
+        run("finetune", 1, learning_rate=2e-4),
+        run("finetune", 1, learning_rate=1e-4, tasks=TASKS[::-1]),
+        published("finetune", 14.5),
+    ]
+    assert partner(own, others, "finetune") is None
+    match = run("finetune", 1, learning_rate=1e-4)
+    assert partner(own, [*others, match], "finetune") is match
+
+
+def test_a_baseline_tuned_by_itself_is_paired_across_rates():
+    """Only where it was run at one rate, whatever the seed: else nobody says which was tuned."""
+    own = run("recall", 1, learning_rate=1e-3, head_learning_rate=1e-2)
+    tuned = [run("finetune", seed, learning_rate=5e-5) for seed in SEEDS]
+    assert partner(own, tuned, "finetune") is tuned[1]
+    several = [*tuned, run("finetune", 2, learning_rate=1e-3)]
+    assert partner(own, several, "finetune") is None
+    equal = run("finetune", 1, learning_rate=1e-3, head_learning_rate=1e-2)
+    assert partner(own, [*several, equal], "finetune") is equal
+    assert partner(own, [run("finetune", 1, learning_rate=1e-3)], "finetune") is not None
+    other = run("finetune", 3, learning_rate=1e-3, data="elsewhere")  # no run on these data
+    assert partner(own, [*tuned, other], "finetune") is tuned[1]
+
+
+def test_a_baseline_at_one_warm_up_is_paired_across_warm_ups():
+    """Where it was run at several, at the equal one; rates are then compared among those."""
+    own = run("recall", 1, learning_rate=1e-3, warmup_steps=6)
+    tuned = [run("finetune", seed, learning_rate=5e-5, warmup_steps=20) for seed in SEEDS]
+    assert partner(own, tuned, "finetune") is tuned[1]
+    several = [*tuned, run("finetune", 2, learning_rate=5e-5, warmup_steps=10)]
+    assert partner(own, several, "finetune") is None
+    equal = run("finetune", 1, learning_rate=2e-4, warmup_steps=6)
+    assert partner(own, [*several, equal], "finetune") is equal
+
+
+@pytest.mark.parametrize(
+    "settings", [{"epochs": 2}, {"data": "x"}, {"model": "x"}, {"train_size": 5}]
+)
+def test_a_partner_has_the_same_budget_data_and_model(settings):
+    assert partner(run(), [run("finetune", **settings)], "finetune") is None
+    assert partner(run(**settings), [run("finetune")], "finetune") is None
+
+
+def test_settings_that_only_one_of_two_strategies_has_are_no_difference():
+    lora = run("lora", rank=8)
+    assert partner(run("ewc", strength=10), [lora], "lora") is lora
+    assert partner(lora, [locked := run("bitstack")], "bitstack") is locked
+    drawn = {"sparsity": 0.12, "budget": "union"}
+    assert partner(run("random-mask", **drawn), [locked], "bitstack") is locked
+    fresh = {**drawn, "budget": "fresh"}
+    assert partner(run("random-mask", **fresh), [locked], "bitstack") is None
+
+
+@pytest.mark.parametrize("column", METRICS)
+def test_the_table_is_the_mean_of_the_differences(column):
+    row = paired_table([*RESULTS, published("bitstack", 3.8)]).iloc[0]
+    by_seed = zip(RESULTS[::2], RESULTS[1::2], strict=True)
+    values = [locked.metrics[column] - plain.metrics[column] for plain, locked in by_seed]
+    mean, half = mean_interval(values)
+    assert row[column] == pytest.approx(mean)
+    assert row[f"{column}_interval"] == pytest.approx(half)
+    assert row["seeds"] == len(SEEDS)
+
+
+def test_order_does_not_matter_and_runs_without_partner_do_not_count():
+    frame = paired_table([*reversed(RESULTS), run("bitstack", 9), run("finetune", 8)])
+    assert frame.equals(paired_table(RESULTS))
+
+
+@pytest.mark.parametrize(
+    ("points", "better", "settled", "words"),
+    [
+        ([-5.0, -6.0, -5.5], True, True, "-5.5 ± .* over 3 paired seeds .*excludes zero"),
+        ([5.0, 6.0, 5.5], False, True, r"\+5.5 ± .*excludes zero"),
+        ([-9.0, 1.0, -2.0], True, False, "-3.3 ± .*not settled.*includes zero"),
+        ([-9.0], True, False, "-9.0 points over 1 paired seed .*one seed has no interval"),
+        ([0.0, 0.0], False, False, "includes zero"),
+    ],
+)
+def test_a_verdict_says_which_way_and_whether_it_is_settled(points, better, settled, words):
+    found = verdict(shifted(points))
+    assert (found.better, found.settled) == (better, settled)
+    assert re.search(words, str(found)), str(found)
+
+
+def test_more_accuracy_is_better():
+    pairs = shifted([0.0, 0.0])
+    for plain, locked in zip(pairs[::2], pairs[1::2], strict=True):
+        locked.metrics["average_accuracy"] = plain.metrics["average_accuracy"] + 3
+    assert verdict(pairs, "average_accuracy").better
+    assert not math.isnan(paired_table(pairs)["average_accuracy"].iloc[0])
+
+
+def test_what_cannot_be_judged_is_said():
+    with pytest.raises(ResultError, match="nothing to pair"):
+        paired_table([run("bitstack", 0), run("finetune", 1)])
+    with pytest.raises(ResultError, match="2: choose"):
+        verdict([*RESULTS, run("bitstack", 0, budget="fresh")])
+
+
+def test_the_summary_names_settings_where_nothing_else_tells_rows_apart():
+    rates = [run("bitstack", 0, learning_rate=rate) for rate in (1e-5, 3e-5)]
+    assert list(summary(rates)["learning_rate"]) == [1e-5, 3e-5]
+    assert "learning_rate" not in summary([rates[0], run("finetune", 0, learning_rate=3e-5)])
+
+
+def test_the_summary_is_sorted_and_paired_with_separate_models():
+    runs = [run(name, seed) for name in ("finetune", "bitstack", "single") for seed in range(3)]
+    frame = summary(runs)
+    assert list(frame["average_accuracy"]) == sorted(frame["average_accuracy"], reverse=True)
+    assert "locked_of_all" not in frame
+    by_strategy = frame.set_index("strategy")
+    assert math.isnan(by_strategy.loc["single", "minus_separate_models"])
+    accuracies = [[r.metrics["average_accuracy"] for r in runs[at : at + 3]] for at in (3, 6)]
+    mean, half = mean_interval([own - other for own, other in zip(*accuracies, strict=True)])
+    assert "learning_rate" not in frame
+    row = by_strategy.loc["bitstack"]
+    assert row["minus_separate_models"] == pytest.approx(mean)
+    assert row["minus_separate_models_interval"] == pytest.approx(half)

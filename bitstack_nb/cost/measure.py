@@ -240,7 +240,10 @@ def mask_bits(stack: BitStack) -> tuple[float, float]:
 
 def threshold_memory(entries: int, *, device: str = "cpu") -> float:
     """MiB that finding the threshold takes beside the scores, at its peak."""
-    code = f"from bitstack_nb.cost import measure as cost; print(cost._threshold_peak({entries}, {device!r}))"
+    code = (
+        "from bitstack_nb.cost import measure; "
+        f"print(measure._threshold_peak({entries}, {device!r}))"
+    )
     return float(_python(code))
 
 
@@ -265,7 +268,7 @@ def training_memory(
 
     That is a bit per eligible entry, 4 bytes per locked one, and 32 MiB.
     """
-    code = "from bitstack_nb.cost import measure as cost; print(*cost._trained_memory({}, {}, {}, {!r}))"
+    code = "from bitstack_nb.cost import measure; print(*measure._trained_memory({}, {}, {}, {!r}))"
     without, _ = map(float, _python(code.format(layers, width, 0, device)).split())
     with_stack, allowed = map(float, _python(code.format(layers, width, tasks, device)).split())
     return (with_stack - without) / allowed

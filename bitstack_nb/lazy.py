@@ -1,7 +1,7 @@
 """Public names of a package that are imported when they are first used.
 
-So ``import bitstack_nb`` loads torch alone, ``python -m bitstack_nb --help`` not even that, and a
-notebook's first cell can ask what is missing before it is installed.
+So ``import bitstack_nb`` does not load torch, and a notebook's first cell can look for missing
+packages before they are installed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ def attach(package: str, names: Mapping[str, str]) -> tuple[Callable, Callable, 
     def get(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{names[name]}"), name)
+        try:
+            return getattr(import_module(f"{package}.{names[name]}"), name)
+        except ModuleNotFoundError as error:
+            if str(error.name).startswith("bitstack_nb"):
+                raise
+            raise ModuleNotFoundError(
+                f"{package}.{name} needs the package {error.name}: run "
+                "pip install '.[notebooks]' in the repository",
+                name=error.name,
+            ) from error
 
     return get, lambda: sorted(names), sorted(names)

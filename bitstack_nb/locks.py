@@ -174,7 +174,10 @@ def layer_table(
     parameters: Mapping[str, torch.Tensor], tasks: Sequence[Mapping[str, TaskLocks]]
 ) -> pandas.DataFrame:
     """The table that ``BitStack.layer_table`` documents, from each task's locks by name."""
-    import pandas
+    try:
+        import pandas
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("layer_table needs pandas: pip install pandas") from error
 
     rows = [
         (*place(name), number, p.numel(), *task[name])

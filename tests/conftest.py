@@ -1,9 +1,17 @@
-"""Fixtures that several test files share."""
+"""Settings and fixtures that several test files share."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_checkpoints import write_checkpoints
+
+
+def pytest_configure() -> None:
+    """One thread per process: models are tiny, and pytest-xdist has a worker for each core."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

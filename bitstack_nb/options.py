@@ -10,11 +10,11 @@ from pathlib import Path
 
 from bitstack_nb.benchmark.protocol import OWN_SETTINGS, PRESETS, STRATEGIES, Protocol
 from bitstack_nb.benchmark.sweeps import BACKENDS
-from bitstack_nb.data.sampling import SAMPLINGS
 from bitstack_nb.data.tasks import (
     AG_NEWS_BINARY,
     EVALUATIONS,
     FIVE_TASKS,
+    SAMPLINGS,
     SEQUENCES,
     Task,
     find_task,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bitstack_nb.data.checkpoints import BackboneError
+from bitstack_nb.data.errors import BackboneError
 
 
 class Heads:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.training import Collate
 from bitstack_nb.data.backbones import Backbone, collate, encode, load_backbone
-from bitstack_nb.data.tasks import TaskData, load_task
+from bitstack_nb.data.loading import TaskData, load_task
 
 
 @dataclass(frozen=True)

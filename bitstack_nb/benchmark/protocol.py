@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from bitstack_nb.data.sampling import SAMPLINGS
-from bitstack_nb.data.tasks import EVALUATIONS, FIVE_TASKS, Task, find_task
+from bitstack_nb.data.tasks import EVALUATIONS, FIVE_TASKS, SAMPLINGS, Task, find_task
 from bitstack_nb.importance import RANDOM
 from bitstack_nb.settings import CONTROLS, check_settings
 

@@ -17,7 +17,8 @@ import torch
 import transformers
 from torch import nn
 
-from bitstack_nb.data.checkpoints import BackboneError, load_pretrained
+from bitstack_nb.data.checkpoints import load_pretrained
+from bitstack_nb.data.errors import BackboneError
 
 TINY = "tiny-gpt2"
 _TINY_POSITIONS = 256

@@ -26,6 +26,7 @@ from huggingface_hub.utils import (
 from transformers.utils import logging as transformers_logging
 
 from bitstack_nb.data import hub
+from bitstack_nb.data.errors import BackboneError
 from bitstack_nb.files import sha256
 
 # What transformers reads of a repository, at its top level; weights as safetensors if there are.
@@ -36,10 +37,6 @@ _WEIGHTS = (
 )
 
 logger = logging.getLogger(__name__)
-
-
-class BackboneError(ValueError):
-    """A backbone that cannot be had or used as asked; one line, with a way out."""
 
 
 def load_pretrained(

@@ -8,31 +8,23 @@ from __future__ import annotations
 
 import itertools
 import logging
-import numbers
 import random
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
 
-from bitstack_nb.data.sources import DataError, Source, hub_errors
-
-if TYPE_CHECKING:
-    from bitstack_nb.data.tasks import Task
+from bitstack_nb.data.errors import DataError
+from bitstack_nb.data.sources import Source, hub_errors
+from bitstack_nb.data.tasks import SAMPLINGS, Task, is_integer
 
 logger = logging.getLogger(__name__)
 
-SAMPLINGS = ("stratified", "head")
 # Up to this many rows are streamed: mixed splits need not be fetched whole then; those sorted by
 # label (IMDB, DBpedia) are read to their last class but not stored. Also the shuffle buffer.
 _STREAM_ROWS = 10_000
 _T = TypeVar("_T")
-
-
-def is_integer(value: Any) -> bool:
-    """An integer of Python or numpy; True and False are none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_request(

@@ -20,13 +20,10 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from bitstack_nb.data import hub
 from bitstack_nb.data.embedded import EMBEDDED_VERSION, embedded_split
+from bitstack_nb.data.errors import DataError
 from bitstack_nb.files import sha256
 
 logger = logging.getLogger(__name__)
-
-
-class DataError(ValueError):
-    """Data that cannot be had or used as asked; one line that says what to do instead."""
 
 
 class Source(Protocol):

@@ -22,7 +22,8 @@ from bitstack_nb.benchmark.protocol import STRATEGIES as PROTOCOL_STRATEGIES
 from bitstack_nb.benchmark.strategies import STRATEGIES as STRATEGY_CLASSES
 from bitstack_nb.benchmark.training import MultiHead, accuracy
 from bitstack_nb.data.backbones import collate, encode, load_backbone
-from bitstack_nb.data.tasks import find_task, load_task
+from bitstack_nb.data.loading import load_task
+from bitstack_nb.data.tasks import find_task
 from bitstack_nb.fitting import fit_head
 
 # Small enough for seconds, large enough that every stage trains and locks something.

@@ -25,8 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from bitstack_nb.benchmark.heads import Heads
 from bitstack_nb.data.backbones import Backbone, collate, encode, load_backbone
-from bitstack_nb.data.checkpoints import BackboneError
 from bitstack_nb.data.embedded import embedded_split, embedded_vocabulary
+from bitstack_nb.data.errors import BackboneError
 
 
 @pytest.fixture(params=CONFIGS)
@@ -225,7 +225,7 @@ def test_without_network_a_cached_model_loads_and_another_is_a_quick_error(
     script = (
         "import time\n"
         "from bitstack_nb.data.backbones import load_backbone\n"
-        "from bitstack_nb.data.checkpoints import BackboneError\n"
+        "from bitstack_nb.data.errors import BackboneError\n"
         "start = time.monotonic()\n"
         "print(load_backbone('someone/model', max_length=8, seed=0).provenance['revision'])\n"
         "try:\n"

@@ -22,7 +22,8 @@ import pytest
 from hub_server import HubServer, make_five, make_gpt2
 from toy_data import SIZES, TASK, write_toy
 
-from bitstack_nb.data.tasks import FIVE_TASKS, Task, find_task, load_task
+from bitstack_nb.data.loading import load_task
+from bitstack_nb.data.tasks import FIVE_TASKS, Task, find_task
 from bitstack_nb.results.result import Result, load_results
 
 ROOT = Path(__file__).parents[2]

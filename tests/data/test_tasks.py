@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from toy_data import SIZES, TASK, write_split, write_toy
 
+from bitstack_nb.data.errors import DataError
+from bitstack_nb.data.loading import load_task
 from bitstack_nb.data.sampling import take
-from bitstack_nb.data.sources import DataError
 from bitstack_nb.data.tasks import (
     AG_NEWS_BINARY,
     FIVE_TASKS,
     TWENTY_TASKS,
     Task,
     find_task,
-    load_task,
 )
 
 

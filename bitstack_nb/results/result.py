@@ -7,9 +7,11 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from bitstack_nb.files import replacing
 from bitstack_nb.results.metrics import accuracy_matrix
+from bitstack_nb.results.packed import ARRAYS, RUNS, unpack
 from bitstack_nb.results.plain_json import plain, render
 
 FORMAT = 1
@@ -124,33 +126,41 @@ class Result:
         """Read what ``save`` wrote. Raises ResultError naming the file and what is wrong in it."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            json.dumps(data, ensure_ascii=False).encode()  # no half of a surrogate pair
         except OSError as error:
             raise ResultError(f"cannot read the result {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:  # bad JSON or UTF-8, nested without end
             raise ResultError(
                 f"{path} is truncated or not JSON ({error}): delete it and run again"
             ) from error
-        try:
-            return cls(**_checked(data))
-        except ResultError as error:
-            raise ResultError(f"{path}: {error}") from error
+        return _result(data, str(path))
 
 
 def load_results(*paths: str | os.PathLike[str]) -> list[Result]:
-    """Load result files, and every ``*.json`` at any depth of folders, sorted by path.
+    """Load results from files and folders, sorted by path.
 
-    A file that is reached twice is loaded once; the ``*.state`` folders of runs that have not
-    finished are left out. Raises ResultError for a path that is not there, for a folder without
-    results and for every file that holds no result.
+    A file is one run's JSON, or a ``runs.jsonl`` of many runs (see ``packed``). Of a folder, every
+    such file at any depth is loaded, once; ``*.state`` folders hold unfinished runs and are left
+    out. Raises ResultError for a path that is not there, for a folder without results and for
+    every file that holds no result.
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
-        files = _json_files(path) if path.is_dir() else [path]
+        files = _files(path) if path.is_dir() else [path]
         if not files:
             raise ResultError(f"no result (*.json) in {path}: run something with that output first")
         found.update(dict.fromkeys(file.resolve() for file in files))
-    return [Result.load(file) for file in found]
+    loaded = [_packed(file) if file.name == RUNS else [Result.load(file)] for file in found]
+    return [result for results in loaded for result in results]
+
+
+def _packed(file: Path) -> list[Result]:
+    try:
+        records = unpack(file)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, BadZipFile) as error:
+        raise ResultError(
+            f"{file} and the {ARRAYS} beside it cannot be read ({error!r}): restore both files"
+        ) from error
+    return [_result(record, f"{file}, line {at}") for at, record in enumerate(records, 1)]
 
 
 def _is_number(value: Any) -> bool:
@@ -158,10 +168,17 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < 1e300
 
 
-def _json_files(folder: Path) -> list[Path]:
-    files = sorted(folder.rglob("*.json"))
+def _files(folder: Path) -> list[Path]:
+    files = sorted([*folder.rglob("*.json"), *folder.rglob(RUNS)])
     suffixes = [{parent.suffix for parent in f.relative_to(folder).parents} for f in files]
     return [f for f, above in zip(files, suffixes, strict=True) if ".state" not in above]
+
+
+def _result(data: Any, where: str) -> Result:
+    try:
+        return Result(**_checked(data))
+    except ResultError as error:
+        raise ResultError(f"{where}: {error}") from error
 
 
 def _checked(data: Any) -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""Many results in two files: ``runs.jsonl``, one run per line, and ``arrays.npz``, their tables.
+
+``locks`` and ``importance`` are tables of many rows, equal in most runs. In a line each column of
+them is the name of an array, and an array that several runs share is stored once. A large value
+that an earlier line has too (``_SHARED``) is ``{"as in line": N}``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RUNS, ARRAYS = "runs.jsonl", "arrays.npz"
+_SHARED = (
+    ("protocol", "tasks"),
+    ("provenance", "packages"),
+    ("provenance", "model"),
+    ("provenance", "data"),
+)
+_CURVES = ("selected", "union", "fresh")  # columns of importance that hold numbers as text
+_NO_LAYER = -1  # for None in a column of numbers
+
+
+def pack(records: Iterable[dict[str, Any]], folder: Path) -> None:
+    """Write the JSON values of runs into the two files of a folder, in the order given."""
+    arrays: dict[str, np.ndarray] = {}
+    first: dict[str, int] = {}
+    lines = []
+    for number, record in enumerate(records, 1):
+        line = record | {"locks": _pack_table(record["locks"], arrays)}
+        if record.get("importance"):
+            line["importance"] = _pack_importance(record["importance"], arrays)
+        for field, name in _SHARED:
+            if name in line[field]:
+                value = line[field][name]
+                before = first.setdefault(json.dumps([field, name, value]), number)
+                if before < number:
+                    line[field] = line[field] | {name: {"as in line": before}}
+        lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(folder / ARRAYS, **arrays)
+    (folder / RUNS).write_text("".join(lines), encoding="utf-8")
+
+
+def unpack(file: Path) -> list[dict[str, Any]]:
+    """The JSON values of the runs in a ``runs.jsonl``, whose arrays lie beside it.
+
+    Raises OSError, and ValueError or KeyError for files that do not belong together.
+    """
+    records: list[dict[str, Any]] = []
+    with np.load(file.with_name(ARRAYS)) as arrays:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            for field, name in _SHARED:
+                match record[field].get(name):
+                    case {"as in line": before}:
+                        record[field][name] = records[before - 1][field][name]
+            record["locks"] = _unpack_table(record["locks"], arrays)
+            if record.get("importance"):
+                record["importance"] = _unpack_importance(record["importance"], arrays)
+            records.append(record)
+    return records
+
+
+def _pack_importance(importance: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    cells = [
+        row | {name: [int(step) for step in row[name].split()] for name in _CURVES}
+        for row in importance["cells"]
+    ]
+    return {
+        "sparsities": _store(importance["sparsities"], arrays),
+        "cells": _pack_table(cells, arrays),
+        "shared": _pack_table(importance["shared"], arrays),
+    }
+
+
+def _unpack_importance(packed: dict[str, Any], arrays: np.lib.npyio.NpzFile) -> dict[str, Any]:
+    cells = _unpack_table(packed["cells"], arrays)
+    return {
+        "sparsities": arrays[packed["sparsities"]].tolist(),
+        "cells": [row | {name: " ".join(map(str, row[name])) for name in _CURVES} for row in cells],
+        "shared": _unpack_table(packed["shared"], arrays),
+    }
+
+
+def _pack_table(rows: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> dict[str, str]:
+    """Names of the arrays of the columns; a lock fraction is the quotient of two others."""
+    names = [name for name in (rows[0] if rows else ()) if name != "lock_fraction"]
+    return {
+        name: _store([_NO_LAYER if row[name] is None else row[name] for row in rows], arrays)
+        for name in names
+    }
+
+
+def _unpack_table(columns: dict[str, str], arrays: np.lib.npyio.NpzFile) -> list[dict[str, Any]]:
+    values = {name: arrays[stored].tolist() for name, stored in columns.items()}
+    if "layer" in values:
+        values["layer"] = [None if layer == _NO_LAYER else layer for layer in values["layer"]]
+    if "locked" in values:
+        both = zip(values["locked"], values["eligible"], strict=True)
+        values["lock_fraction"] = [locked / eligible for locked, eligible in both]
+    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+
+
+def _store(values: list[Any], arrays: dict[str, np.ndarray]) -> str:
+    """Keep an array once, under a name made of what it holds."""
+    array = np.array(values)
+    if array.dtype == np.int64:
+        array = array.astype(np.result_type(*map(np.min_scalar_type, (array.min(), array.max()))))
+    content = f"{array.dtype}{array.shape}".encode() + array.tobytes()
+    name = hashlib.sha256(content).hexdigest()[:10]
+    arrays[name] = array
+    return name

@@ -85,7 +85,7 @@ def _figures(options: argparse.Namespace) -> None:
     from bitstack_nb.figures.figures import write_cost_figures, write_figures  # loads matplotlib
 
     together = {options.output: options.results}
-    apart = {options.output / folder.name: [folder] for folder in RECORDED}
+    apart = {options.output / folder.relative_to("results"): [folder] for folder in RECORDED}
     for output, results in (together if options.results else apart).items():
         files, left_out = write_figures(load_results(*results), output)
         for file in files:

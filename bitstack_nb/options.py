@@ -26,17 +26,17 @@ PARTS = ("costs", "growth", "padding")
 ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)
 # Each is drawn by itself: their protocols differ in more than a figure's labels can say.
 _DRAWN = (
-    "",
-    "-ablation",
-    "-stronger",
-    "-evidence",
-    "-twenty-480-all-tests",
-    "-twenty-480",
-    "-twenty",
-    "-plain-heads",
-    "-same-rate",
+    "evidence",
+    "ablation",
+    "stronger",
+    "twenty/all-tests",
+    "twenty/200-tests",
+    "twenty/40-tests",
+    "earlier/plain-heads",
+    "earlier/same-rate",
+    "earlier/more-texts",
 )
-RECORDED = tuple(Path("results") / f"minilm-l6{name}" for name in _DRAWN)
+RECORDED = tuple(Path("results", name) for name in _DRAWN)
 RECORDED_COSTS = Path("results") / "cost"  # a file per device
 
 # From options to protocols ----------------------------------------------------------------------

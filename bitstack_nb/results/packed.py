@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,20 @@ _CURVES = ("selected", "union", "fresh")  # columns of importance that hold numb
 _NO_LAYER = -1  # for None in a column of numbers
 
 
-def pack(records: Iterable[dict[str, Any]], folder: Path) -> None:
-    """Write the JSON values of runs into the two files of a folder, in the order given."""
+def pack(records: Mapping[str, dict[str, Any]], folder: Path) -> None:
+    """Write runs, the JSON values of each by its name, into the two files of a folder."""
     arrays: dict[str, np.ndarray] = {}
     first: dict[str, int] = {}
     lines = []
-    for number, record in enumerate(records, 1):
-        line = record | {"locks": _pack_table(record["locks"], arrays)}
+    for number, (name, record) in enumerate(records.items(), 1):
+        line = {"name": name} | record | {"locks": _pack_table(record["locks"], arrays)}
         if record.get("importance"):
             line["importance"] = _pack_importance(record["importance"], arrays)
-        for field, name in _SHARED:
-            if name in line[field]:
-                value = line[field][name]
-                before = first.setdefault(json.dumps([field, name, value]), number)
+        for field, key in _SHARED:
+            if key in line[field]:
+                before = first.setdefault(json.dumps([field, key, line[field][key]]), number)
                 if before < number:
-                    line[field] = line[field] | {name: {"as in line": before}}
+                    line[field] = line[field] | {key: {"as in line": before}}
         lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / ARRAYS, **arrays)
@@ -56,10 +55,11 @@ def unpack(file: Path) -> list[dict[str, Any]]:
     with np.load(file.with_name(ARRAYS)) as arrays:
         for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            for field, name in _SHARED:
-                match record[field].get(name):
+            record.pop("name")
+            for field, key in _SHARED:
+                match record[field].get(key):
                     case {"as in line": before}:
-                        record[field][name] = records[before - 1][field][name]
+                        record[field][key] = records[before - 1][field][key]
             record["locks"] = _unpack_table(record["locks"], arrays)
             if record.get("importance"):
                 record["importance"] = _unpack_importance(record["importance"], arrays)

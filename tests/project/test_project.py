@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from bitstack_nb import BitStack, Protocol
+from bitstack_nb import BitStack
 from bitstack_nb.cost.report import CostReport, cost_table
 from bitstack_nb.data.backbones import collate, encode, load_backbone
 from bitstack_nb.figures.reports import summary
@@ -101,20 +101,6 @@ def readme_scope(folders, tmp_path) -> dict:
 
 
 COSTS = sorted(ROOT.glob("results/cost/*.json"))
-RUNS = sorted(set(ROOT.glob("results/*/*.json")) - set(COSTS))
-
-
-@pytest.mark.parametrize("file", RUNS, ids=lambda f: f.name)
-def test_recorded_results_say_what_was_run(file):
-    (result,) = load_results(file)
-    if "published" in result.provenance:
-        assert file.parent.name == "published"
-        return
-    assert Protocol.from_dict(result.protocol).name == file.stem
-    assert result.provenance["git"]["dirty"] is False
-    assert "python -m bitstack_nb run" in result.provenance["command"]
-    samples = [data["sample"] for data in result.provenance["data"].values()]
-    assert all(len(digest) == 64 for sample in samples for digest in sample.values())
 
 
 @pytest.mark.parametrize("file", COSTS, ids=lambda f: f.name)
@@ -127,26 +113,13 @@ def test_the_readme_shows_the_costs_as_they_were_recorded(file):
     assert format_table(cost_table(report).round(3)) in README
 
 
-COMPARED = ["minilm-l6-evidence", "minilm-l6-twenty-480-all-tests", "minilm-l6-twenty-480"]
+COMPARED = ["evidence", "twenty/all-tests", "twenty/200-tests"]
 
 
 @pytest.mark.parametrize("folder", COMPARED)
 def test_the_readme_shows_the_comparison_as_it_was_recorded(folder):
     results = load_results(ROOT / "results" / folder)
     assert format_table(summary(results)) in README
-
-
-@pytest.mark.parametrize("folder", [*COMPARED, "minilm-l6-twenty"])
-def test_recorded_recall_has_forgotten_nothing(folder):
-    recalled = [
-        result
-        for result in load_results(ROOT / "results" / folder)
-        if result.protocol["strategy"] == "recall"
-    ]
-    assert recalled
-    for result in recalled:
-        for task in range(len(result.matrix)):
-            assert len({row[task] for row in result.matrix[task:]}) == 1
 
 
 @pytest.mark.parametrize("module", ["bitstack_nb", "bitstack_nb.results.tables"])

@@ -1,0 +1,64 @@
+"""What is recorded in ``results/``: it says what was run, and keeps what it claims."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bitstack_nb import Protocol, load_results
+from bitstack_nb.results.packed import RUNS
+
+RESULTS = Path(__file__).resolve().parents[2] / "results"
+HERE = Path(__file__).parent
+FOLDERS = sorted(file.parent for file in RESULTS.rglob(RUNS))
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return {folder: load_results(folder) for folder in FOLDERS}
+
+
+def test_each_run_says_what_was_run(recorded):
+    assert sum(map(len, recorded.values())) >= 679
+    for folder, results in recorded.items():
+        names = [json.loads(line)["name"] for line in (folder / RUNS).open()]
+        assert len({*names}) == len(names)
+        for name, result in zip(names, results, strict=True):
+            assert Protocol.from_dict(result.protocol).name == name
+            origin = result.provenance
+            assert origin["git"]["dirty"] is False, name
+            assert "python -m bitstack_nb run" in origin["command"], name
+            samples = [data["sample"] for data in origin["data"].values()]
+            assert all(len(digest) == 64 for own in samples for digest in own.values()), name
+
+
+def test_exact_recall_has_forgotten_nothing(recorded):
+    results = [result for found in recorded.values() for result in found]
+    recalled = [result for result in results if result.protocol["strategy"] == "recall"]
+    assert len(recalled) > 200
+    for result in recalled:
+        for task in range(len(result.matrix)):
+            assert len({row[task] for row in result.matrix[task:]}) == 1
+
+
+def test_held_out_texts_and_test_texts_lie_in_different_folders(recorded):
+    for folder, results in recorded.items():
+        split = {result.protocol["evaluate_on"] for result in results}
+        tuning = folder.parent.name == "tuning" and folder.name != "other-rates"
+        assert split == ({"heldout"} if tuning else {"test"}), folder
+
+
+@pytest.mark.parametrize("file", sorted(HERE.glob("*.json")), ids=lambda file: file.name)
+def test_packed_runs_equal_the_json_they_were_made_of(file):
+    """Two of the 679 runs whose own JSON is kept, one with locks and recorded importance."""
+    (folder,) = [f for f in FOLDERS if f'"name": "{file.stem}"' in (f / RUNS).read_text()]
+    names = [json.loads(line)["name"] for line in (folder / RUNS).open()]
+    packed = load_results(folder)[names.index(file.stem)]
+    (own,) = load_results(file)
+    for field, value in vars(own).items():
+        assert json.dumps(getattr(packed, field)) == json.dumps(value), field
+
+
+def test_published_numbers_name_their_source():
+    for result in load_results(RESULTS / "published"):
+        assert result.provenance["published"]

@@ -17,7 +17,7 @@ from bitstack_nb.benchmark.runner import run
 from bitstack_nb.benchmark.sweeps import sweep
 from bitstack_nb.benchmark.training import find_device
 from bitstack_nb.cost import report as cost_report
-from bitstack_nb.options import RECORDED, RECORDED_COSTS, one_run, padded_protocol, parser
+from bitstack_nb.options import RECORDED, RECORDED_COSTS, one_run, parser
 from bitstack_nb.results.result import Result, load_results
 from bitstack_nb.results.tables import format_table, table
 
@@ -82,7 +82,8 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from bitstack_nb.figures.figures import write_cost_figures, write_figures  # loads matplotlib
+    from bitstack_nb.cost.plots import write_cost_figures  # both load matplotlib
+    from bitstack_nb.figures.figures import write_figures
 
     together = {options.output: options.results}
     apart = {options.output / folder.relative_to("results"): [folder] for folder in RECORDED}
@@ -101,16 +102,18 @@ def _figures(options: argparse.Namespace) -> None:
 def _cost(options: argparse.Namespace) -> None:
     device = find_device(options.device).type
     path = options.output / f"{device}.json"
-    report = cost_report.load_or_new(path, device=device)
+    report = (
+        cost_report.CostReport.load(path)
+        if path.exists()
+        else cost_report.CostReport(device=device)
+    )
     settings = {"progress": not options.quiet}
     if options.rounds is not None:
         settings["rounds"] = options.rounds
     if options.part == "costs":
         cost_report.measure_costs(report, **settings)
-    elif options.part == "growth":
-        cost_report.measure_growth(report, **settings)
     else:
-        cost_report.measure_padding(report, padded_protocol(options), **settings)
+        cost_report.measure_growth(report, **settings)
     report.save(path)
     if report.costs:
         print(f"\n{format_table(cost_report.cost_table(report).round(3))}\n")

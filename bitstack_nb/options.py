@@ -22,7 +22,7 @@ from bitstack_nb.data.tasks import (
 from bitstack_nb.settings import BUDGETS, IMPORTANCES
 
 COMMANDS = ("run", "ablation", "stronger", "sweep", "figures", "cost")
-PARTS = ("costs", "growth", "padding")
+PARTS = ("costs", "growth")
 ABLATION_SPARSITIES = (0.0, 0.05, 0.10, 0.12, 0.20, 0.40)
 # Each is drawn by itself: their protocols differ in more than a figure's labels can say.
 _DRAWN = (
@@ -132,13 +132,9 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
     what = "measure what locking costs in time and memory, on GPT-2's architecture"
     parser = commands.add_parser("cost", help=what, description=what)
     add = parser.add_argument
-    parts = "costs if not given; growth: over sizes and tasks; padding: of the benchmark's texts"
+    parts = "costs if not given; growth: over sizes and tasks"
     add("part", choices=PARTS, nargs="?", default="costs", help=parts)
     add("--rounds", type=int, metavar="N", help="how often works take turns")
-    group = parser.add_argument_group("padding", "what is not given is as in the preset published")
-    for name in _PADDED:
-        kind, text = _SETTINGS[name]
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add(
         "--output",
@@ -149,12 +145,6 @@ def _add_cost(commands: argparse._SubParsersAction) -> None:
     add("--quiet", action="store_true", help="no progress bar")
     add("--verbose", action="store_true", help="log what happens")
     parser.set_defaults(command="cost")
-
-
-def padded_protocol(options: argparse.Namespace) -> Protocol:
-    """The preset ``published``, whose texts are long, with what ``cost padding`` was given."""
-    given = {name: value for name in _PADDED if (value := getattr(options, name)) is not None}
-    return replace(PRESETS["published"], **given)
 
 
 def _add_sweep(commands: argparse._SubParsersAction) -> None:
@@ -260,8 +250,6 @@ _CHOICES = {
     "replay_size": (int, Protocol.replay_size, "examples that replay keeps of a task"),
     "head_steps": (int, Protocol.head_steps, "steps on a new task's head alone, before all"),
 }
-# Those that `cost padding` takes.
-_PADDED = ("model", "data", "train_size", "test_size", "epochs")
 _SETTINGS = {
     "model": (str, "Hub name or folder of a sequence classifier; tiny-gpt2 is made on the spot"),
     "data": (str, "embedded (synthetic), hub, or a folder with <dataset>/train.parquet"),

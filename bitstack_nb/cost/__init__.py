@@ -1,4 +1,4 @@
-"""What locking costs in time and memory."""
+"""Time and memory that locking costs beside plain training."""
 
 from bitstack_nb.lazy import attach
 
@@ -8,7 +8,8 @@ __getattr__, __dir__, __all__ = attach(
         "CostReport": "report",
         "cost_table": "report",
         "measure_costs": "report",
-        "measure_padding": "report",
+        "measure_growth": "report",
         "cost_growth": "plots",
+        "write_cost_figures": "plots",
     },
 )

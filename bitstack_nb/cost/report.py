@@ -1,7 +1,6 @@
-"""The costs of a machine: measured, kept as JSON, and shown beside what they may be.
+"""The costs of one machine: measured, kept as JSON, and shown in a table beside their limits.
 
-Three parts, which ``python -m bitstack_nb cost`` measures and writes one by one: the costs
-themselves, how they grow, and what padding would cost.
+``python -m bitstack_nb cost`` measures the costs, ``cost growth`` how they grow.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import nn
 from tqdm.auto import tqdm
 
-from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.cost import measure as cost
-from bitstack_nb.cost import padding
+from bitstack_nb.cost import measure, processes
 from bitstack_nb.files import replacing
 from bitstack_nb.results.plain_json import plain, render
 from bitstack_nb.results.provenance import provenance
@@ -29,32 +26,31 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
-# What is measured, what it is compared with, and what the ratio (or the number) may be at most.
+# By cost: the work or unit that it is compared with, and the limit of the ratio or number.
 LIMITS = {
     "training step": ("a step of plain training", 1.03),
     "update": ("forward and backward of its batches", 1.08),
     "threshold": ("one pass of torch.sort", 0.25),
     "threshold, memory": ("MiB beside the scores", 32.0),
-    "mask in memory": ("bits per eligible entry", 1.02),
-    "mask on disk": ("bits per eligible entry", 1.02),
-    "training, memory": ("1 bit per eligible entry + 4 bytes per locked one + 32 MiB", 1.0),
+    "mask in memory": ("bits per eligible weight", 1.02),
+    "mask on disk": ("bits per eligible weight", 1.02),
+    "training, memory": ("1 bit per eligible weight + 4 bytes per locked one + 32 MiB", 1.0),
     "recall switch": ("a forward pass", 0.5),
     "import": ("import torch", 1.2),
-    "benchmark": ("itself, every text padded to {max_length} tokens", 0.5),
 }
 
 
 @dataclass(kw_only=True)
 class CostReport:
-    """What one machine measured, part by part.
+    """The measurements of one machine.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        model: layers, width, parameters and eligible entries of the GPT-2 of ``costs``.
-        costs: by the names of LIMITS: ``value``, and for times ``plain`` (the plain
-            implementation's ratio, if it has one) and ``seconds`` (per work, a number per round).
+        model: layers, width, parameters and eligible weights of the measured GPT-2.
+        costs: by the names of LIMITS: ``value``, and for times ``seconds`` (per work, a number per
+            round) and ``plain`` (the ratio of the plain implementation, if it has one).
         growth: records with ``what``, ``parameters``, ``tasks`` and ``ratio``.
-        provenance: by part (``costs``, ``growth``, ``padding``), as in a ``Result``.
+        provenance: by part (``costs``, ``growth``), as in a ``Result``.
     """
 
     device: str
@@ -64,14 +60,14 @@ class CostReport:
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON that can be read by eye; ``path`` is whole, or as it was before."""
+        """Write readable JSON; an error leaves the file at ``path`` as it was."""
         record = plain({"format": FORMAT, **vars(self)}, "costs")
         with replacing(path) as temporary:
             temporary.write_text(render(record) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CostReport:
-        """Read what ``save`` wrote; a ResultError names a file that is none."""
+        """Read a saved report; a ResultError names any other file."""
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             if record.pop("format") != FORMAT:
@@ -79,11 +75,6 @@ class CostReport:
             return cls(**record)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ResultError(f"{path} is no cost report of this version: {error}") from error
-
-
-def load_or_new(path: str | os.PathLike[str], *, device: str) -> CostReport:
-    """The report at ``path``, to which parts are added, or an empty one."""
-    return CostReport.load(path) if Path(path).exists() else CostReport(device=device)
 
 
 def measure_costs(
@@ -97,57 +88,48 @@ def measure_costs(
 ) -> None:
     """Measure every cost on a GPT-2 of this size (the defaults are its 124 M parameters).
 
-    Takes some minutes; nothing else should run on the machine meanwhile.
+    Takes some minutes, in which nothing else should run on the machine.
     """
-    origin, device = provenance(), report.device
-    model = cost.gpt2(layers, width).to(device)
-    entries = cost.BitStack(model, cost.SPARSITY).stats()["eligible"]
-    parameters = sum(p.numel() for p in model.parameters())
-    del model
-    shape = {"layers": layers, "width": width}
-    steps = _measurements(shape, entries, tasks=tasks, rounds=rounds, device=device)
-    with tqdm(steps, total=len(LIMITS) - 1, disable=not progress, unit="cost") as bar:
-        for name, value in bar:
+    origin, shape = provenance(), {"layers": layers, "width": width}
+    model = measure.gpt2(**shape)
+    eligible = measure.BitStack(model, measure.SPARSITY).stats()["eligible"]
+    size = {"parameters": _parameters(model), "eligible": eligible}
+    costs = _costs(shape, eligible, tasks=tasks, rounds=rounds, device=report.device)
+    with tqdm(costs, total=len(LIMITS), disable=not progress, unit="cost") as bar:
+        for name, found in bar:
             bar.set_description(name)
-            report.costs[name] = value
-    size = {"tasks": tasks, "rounds": rounds, "parameters": parameters, "eligible": entries}
-    report.model, report.provenance["costs"] = shape | size, origin
+            report.costs[name] = found
+    report.model = {**shape, "tasks": tasks, "rounds": rounds, **size}
+    report.provenance["costs"] = origin
 
 
-def measure_padding(
-    report: CostReport, protocol: Protocol, *, rounds: int = 1, progress: bool = False
-) -> None:
-    """Measure what padding every text to the protocol's ``max_length`` would cost."""
-    origin = provenance()
-    device = torch.device(report.device)
-    times = padding.benchmark(protocol, rounds=rounds, device=device, progress=progress)
-    report.costs["benchmark"] = _timed(times) | {"protocol": protocol.to_dict()}
-    report.provenance["padding"] = origin
-
-
-def _measurements(
-    shape: dict[str, int], entries: int, *, tasks: int, rounds: int, device: str
+def _costs(
+    shape: dict[str, int], eligible: int, *, tasks: int, rounds: int, device: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    def fresh() -> torch.nn.Module:
-        return cost.gpt2(**shape).to(device)
+    def fresh() -> nn.Module:
+        return measure.gpt2(**shape).to(device)
 
-    # More of them, as steps differ by as much as a lock costs.
-    yield "training step", _timed(cost.training_step(fresh(), tasks=tasks, rounds=3 * rounds))
-    yield "update", _timed(cost.update(fresh(), rounds=rounds))
-    yield "recall switch", _timed(cost.recall_switch(fresh(), tasks=tasks, rounds=rounds))
-    yield "threshold", _timed(cost.threshold(entries, rounds=rounds, device=device))
-    yield "import", _timed(cost.importing(rounds=rounds))
-    memory, disk = cost.mask_bits(cost.locked_stack(fresh(), tasks=1))
+    # Three times the rounds, because steps vary by as much as a lock costs.
+    yield "training step", _timed(measure.training_step(fresh(), tasks=tasks, rounds=3 * rounds))
+    yield "update", _timed(measure.update(fresh(), rounds=rounds))
+    yield "recall switch", _timed(measure.recall_switch(fresh(), tasks=tasks, rounds=rounds))
+    yield "threshold", _timed(measure.threshold(eligible, rounds=rounds, device=device))
+    yield "import", _timed(processes.importing(rounds=rounds))
+    memory, disk = processes.mask_bits(measure.locked_stack(fresh(), tasks=1))
     yield "mask in memory", {"value": memory}
     yield "mask on disk", {"value": disk}
-    yield "threshold, memory", {"value": cost.threshold_memory(entries, device=device)}
-    extra = cost.training_memory(**shape, tasks=tasks, device=device)
-    yield "training, memory", {"value": extra}
+    yield "threshold, memory", {"value": processes.threshold_memory(eligible, device=device)}
+    added = processes.training_memory(**shape, tasks=tasks, device=device)
+    yield "training, memory", {"value": added}
 
 
-def _timed(times: cost.Times) -> dict[str, Any]:
+def _timed(times: measure.Times) -> dict[str, Any]:
     found = {"value": times.ratio("ours"), "seconds": times.seconds}
     return found | ({"plain": times.ratio("plain")} if "plain" in times.seconds else {})
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def measure_growth(
@@ -160,39 +142,39 @@ def measure_growth(
 ) -> None:
     """Measure a step, an update and a switch over sizes (layers, width) and over tasks.
 
-    Sizes at 5 tasks, and tasks at the second size; the plain implementation is left out.
+    Sizes vary at 5 tasks, and tasks at the second size. The plain implementation is left out.
     """
     origin, records = provenance(), []
     shapes = [(size, 5) for size in sizes] + [(sizes[1], number) for number in tasks]
     for size, number in tqdm(dict.fromkeys(shapes), disable=not progress, unit="model"):
-        works = {
-            "training step": partial(
-                cost.training_step, tasks=number, rounds=3 * rounds, plainly=False
-            ),
-            "update": partial(cost.update, rounds=rounds, plainly=False),
-        }
-        # One task is never switched, and more than 1 / SPARSITY find no entries left.
-        if 1 < number <= 1 / cost.SPARSITY:
-            works["recall switch"] = partial(cost.recall_switch, tasks=number, rounds=rounds)
-        for what, work in works.items():
-            model = cost.gpt2(*size).to(report.device)
-            parameters = sum(p.numel() for p in model.parameters())
-            ratio = work(model).ratio("ours")
-            records.append(
-                {"what": what, "parameters": parameters, "tasks": number, "ratio": ratio}
-            )
+        for what, work in _growing(number, rounds).items():
+            model = measure.gpt2(*size).to(report.device)
+            at = {"what": what, "parameters": _parameters(model), "tasks": number}
+            records.append({**at, "ratio": work(model).ratio("ours")})
     report.growth, report.provenance["growth"] = records, origin
 
 
+def _growing(tasks: int, rounds: int) -> dict[str, partial[measure.Times]]:
+    works = {
+        "training step": partial(
+            measure.training_step, tasks=tasks, rounds=3 * rounds, plainly=False
+        ),
+        "update": partial(measure.update, rounds=rounds, plainly=False),
+    }
+    # With one task there is no switch, and more than 1 / SPARSITY tasks find no free weights.
+    if 1 < tasks <= 1 / measure.SPARSITY:
+        works["recall switch"] = partial(measure.recall_switch, tasks=tasks, rounds=rounds)
+    return works
+
+
 def cost_table(report: CostReport) -> pd.DataFrame:
-    """A row per cost: what it is compared with, the limit, what was measured, the plain way."""
+    """A row per cost: its comparison, limit, measurement, and that of the plain implementation."""
     import pandas as pd
 
-    lengths = report.costs.get("benchmark", {}).get("protocol", {})
     rows = [
         {
             "cost": name,
-            "compared with": compared.format(**lengths),
+            "compared with": compared,
             "at most": limit,
             "measured": found["value"],
             "plain implementation": found.get("plain"),

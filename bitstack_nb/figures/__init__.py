@@ -21,6 +21,5 @@ __getattr__, __dir__, __all__ = attach(
         "ownership": "masks",
         "summary": "reports",
         "write_figures": "figures",
-        "write_cost_figures": "figures",
     },
 )

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.cost.plots import cost_growth
-from bitstack_nb.cost.report import CostReport, cost_table
 from bitstack_nb.figures import accuracy as plots
 from bitstack_nb.figures import evidence as evidence_plots
 from bitstack_nb.figures import locks as lock_plots
@@ -18,7 +16,6 @@ from bitstack_nb.figures.reports import tables_text
 from bitstack_nb.figures.style import Figure, grouped, png
 from bitstack_nb.files import replacing
 from bitstack_nb.results.result import Result, ResultError
-from bitstack_nb.results.tables import format_table
 
 FILE_DPI = 130
 
@@ -49,13 +46,6 @@ def write_figures(
         raise ResultError("; ".join(f"no figure {name}: {why}" for name, why in left_out.items()))
     contents["tables.md"] = tables_text(results).encode()
     return _written(contents, folder), left_out
-
-
-def write_cost_figures(report: CostReport, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write how costs grow, and their table, to ``folder``; errors as those of write_figures."""
-    table = f"{format_table(cost_table(report).round(3))}\n"
-    growth = png(cost_growth(report), dpi=FILE_DPI)
-    return _written({"cost_growth.png": growth, "tables.md": table.encode()}, folder)
 
 
 def _written(contents: Mapping[str, bytes], folder: str | os.PathLike[str]) -> list[Path]:

@@ -106,7 +106,7 @@ COSTS = sorted(ROOT.glob("results/cost/*.json"))
 @pytest.mark.parametrize("file", COSTS, ids=lambda f: f.name)
 def test_the_readme_shows_the_costs_as_they_were_recorded(file):
     report = CostReport.load(file)
-    assert {*report.provenance} == {"costs", "growth", "padding"}
+    assert {*report.provenance} == {"costs", "growth"}
     for origin in report.provenance.values():
         assert origin["git"]["dirty"] is False
         assert "python -m bitstack_nb cost" in origin["command"]

@@ -68,7 +68,7 @@ def _wait(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-# A model, batches, a stack and scores to measure with ------------------------------------------------------
+# A model, batches, a stack and scores to measure with --------------------------------------------
 
 
 def gpt2(layers: int = 12, width: int = 768, *, seed: int = 0) -> nn.Module:

@@ -18,7 +18,7 @@ _TASKS = {"reviews": COLOURS[0], "news": COLOURS[1]}
 @styled
 def mechanism() -> Figure:
     """Draw one small grid of weights at three moments, for BitStack and for exact recall."""
-    figure = Figure(4.3)
+    figure = Figure(3.9)
     axes = figure.subplots(2, 3)
     figure.suptitle("A square is a weight of the backbone, a coloured box is the head of a task")
     order = np.random.default_rng(4).permutation(ROWS * COLUMNS)

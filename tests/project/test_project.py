@@ -1,8 +1,9 @@
-"""What holds the project together: README, CI, recorded results, and a light import."""
+"""The pages tell the truth: commands, code, tables, findings, names of tests, links."""
 
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,20 @@ from transformers import Trainer, TrainingArguments
 from bitstack_nb import BitStack
 from bitstack_nb.cost.report import CostReport, cost_table
 from bitstack_nb.data.backbones import collate, encode, load_backbone
-from bitstack_nb.figures.reports import summary
+from bitstack_nb.results.metrics import mean_interval
 from bitstack_nb.results.result import load_results
 from bitstack_nb.results.tables import format_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("results/README.md")]
+EVIDENCE = "evidence"
+SAME_RATE = "earlier/same-rate"
+TWENTY = "twenty/all-tests"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -28,50 +37,162 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert commands[0] in (ROOT / ".ci" / "run").read_text()
 
 
-def test_every_test_that_the_readmes_faults_name_is_there():
-    named = re.findall(r"^\|.*\| `(test_\w+\.py)::(\w+)` \|$", README, re.M)
-    rows = README.split("## What it survives")[1].split("## Limits")[0].count("\n|") - 2
-    assert len(named) == rows > 0
-    for file, name in named:
-        text = (ROOT / "tests" / file).read_text()
-        assert re.search(rf"def {name}\(|^{name}\b.* = ", text, re.M), (file, name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_page_links_to_is_there(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
 
 
-def test_the_readmes_ten_lines_work(folders, tmp_path, monkeypatch):
+def test_every_test_named_for_a_fault_is_there():
+    lines = (ROOT / "docs" / "reliability.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|") and "---" not in line]
+    named = [re.search(r"\| `([\w/]+\.py)::(\w+)` \|$", row) for row in rows]
+    found = [match for match in named if match]
+    assert len(found) == len(rows) - sum(row.startswith("| fault") for row in rows) >= 22
+    for match in found:
+        text = (ROOT / "tests" / match[1]).read_text()
+        assert re.search(rf"def {match[2]}\(|^{match[2]}\b.* = ", text, re.M), match[0]
+
+
+# Numbers ------------------------------------------------------------------------------------------
+
+
+recorded = cache(lambda folder: load_results(ROOT / "results" / folder))
+
+
+def runs(folder: str, strategy: str, **settings) -> dict[int, object]:
+    """Recorded runs of one configuration, by seed."""
+    wanted = {"strategy": strategy, **settings}.items()
+    return {
+        run.protocol["seed"]: run
+        for run in recorded(folder)
+        if all(run.protocol.get(name) == value for name, value in wanted)
+    }
+
+
+def shown(values) -> str:
+    mean, half = mean_interval(list(values))
+    return f"{mean:.1f} ± {half:.1f}"
+
+
+def differences(own, others, metric="average_accuracy") -> list[float]:
+    assert own.keys() == others.keys()
+    return [run.metrics[metric] - others[seed].metrics[metric] for seed, run in own.items()]
+
+
+METHODS = {
+    "fine-tuning": ("finetune", {}),
+    "replay": ("replay", {}),
+    "BitStack, 12 %": ("bitstack", {"sparsity": 0.12}),
+    "LoRA, rank 8": ("lora", {"rank": 8}),
+    "exact recall, 1 %": ("recall", {"sparsity": 0.01, "importance": "random"}),
+    "separate models": ("single", {}),
+}
+
+
+def test_the_lead_table_is_what_was_recorded():
+    lines = re.findall(r"^\| (.*) \|$", README.split("## Notebooks")[0], re.M)
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines[2:]]
+    table = {name: rest for name, *rest in cells}
+    assert list(table) == list(METHODS)
+    separate = runs(EVIDENCE, "single")
+    for label, (strategy, settings) in METHODS.items():
+        own = runs(EVIDENCE, strategy, **settings)
+        accuracy, forgetting, kept, minus = table[label]
+        assert len(own) == 5
+        assert accuracy == shown(r.metrics["average_accuracy"] for r in own.values())
+        assert forgetting == shown(r.metrics["forgetting"] for r in own.values())
+        assert minus == ("" if strategy == "single" else shown(differences(own, separate)))
+        (size,) = {round(r.storage["bytes"] / len(r.protocol["tasks"]), -3) for r in own.values()}
+        number, _, unit = kept.partition(" ")
+        if size:
+            scaled = size / {"kB": 1e3, "MB": 1e6}[unit]
+            assert float(number) == round(scaled, 1 if scaled < 10 else 0)
+        else:
+            assert kept == "nothing"
+
+
+RECALL = ("recall", {"sparsity": 0.05, "importance": "random"})
+FINDINGS = [
+    ("BitStack** ends {}", EVIDENCE, ("single", {}), ("bitstack", {}), "average_accuracy"),
+    ("It ends {} above", EVIDENCE, ("bitstack", {}), ("finetune", {}), "average_accuracy"),
+    ("forgets {} points more", EVIDENCE, ("bitstack", {}), ("finetune", {}), "forgetting"),
+    ("forgets {} points less", EVIDENCE, ("random-mask", {}), ("bitstack", {}), "forgetting"),
+    ("learns {} less", EVIDENCE, ("random-mask", {}), ("bitstack", {}), "learning_accuracy"),
+    ("it is {} ahead", EVIDENCE, ("bitstack", {}), ("random-mask", {}), "average_accuracy"),
+    ("and {} above with 5 %", EVIDENCE, RECALL, ("single", {}), "average_accuracy"),
+    ("Replay** ends {}", EVIDENCE, ("single", {}), ("replay", {}), "average_accuracy"),
+    ("ends {} above twenty", TWENTY, RECALL, ("single", {}), "average_accuracy"),
+    ("ends {} above and", SAME_RATE, ("bitstack", {}), ("finetune", {}), "average_accuracy"),
+    ("{} points less, which", SAME_RATE, ("finetune", {}), ("bitstack", {}), "forgetting"),
+]
+
+
+@pytest.mark.parametrize(("sentence", "folder", "one", "other", "metric"), FINDINGS)
+def test_a_finding_is_what_was_recorded(sentence, folder, one, other, metric):
+    own, others = (runs(folder, name, **settings) for name, settings in (one, other))
+    text = " ".join(README.split())
+    assert sentence.format(shown(differences(own, others, metric))) in text
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("results/cost/*.json")), ids=lambda f: f.name)
+def test_the_costs_are_shown_as_they_were_recorded(file):
+    report = CostReport.load(file)
+    assert {*report.provenance} == {"costs", "growth"}
+    for origin in report.provenance.values():
+        assert origin["git"]["dirty"] is False
+        assert "python -m bitstack_nb cost" in origin["command"]
+    assert format_table(cost_table(report).round(3)) in (ROOT / "docs" / "cost.md").read_text()
+    ratio = f"takes {report.costs['training step']['value']:.2f} times"
+    assert ratio.removeprefix("takes ") in README
+
+
+# Code ---------------------------------------------------------------------------------------------
+
+
+def code(page: str, heading: str) -> str:
+    """The Python code below a heading of a page."""
+    text = (ROOT / page).read_text().split(f"## {heading}")[1]
+    return re.search(r"```python\n(.*?)```", text, re.S)[1]
+
+
+def test_the_students_lines_draw(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec(code("README.md", "For a student"), {})
+
+
+def test_the_researchers_lines_compare_methods(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(from bitstack_nb import BitStack\n.*?)```", README, re.S)[1]
-    assert len([line for line in code.splitlines() if line]) <= 12
-    scope = readme_scope(folders, tmp_path)
-    exec(code, scope)
-    assert scope["stack"].stats()["locked"] > 0
-    assert scope["stack"].verify() == 0
-    assert BitStack.load("masks.safetensors", scope["model"]).stats() == scope["stack"].stats()
+    exec(code("README.md", "For a researcher"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-def test_the_readmes_recall_works(folders, tmp_path, monkeypatch):
+def test_the_task_of_ones_own_makes_a_protocol():
+    scope = {}
+    exec(code("docs/benchmark.md", "From Python").split("result =")[0], scope)
+    assert scope["protocol"].tasks[-1].name == "mine"
+
+
+def test_the_guarantees_lines_lock(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n([^`]*mode=\"recall\".*?)```", README, re.S)[1]
-    scope = readme_scope(folders, tmp_path)
-    exec(code, scope)
-    stack, plain = scope["stack"], type(scope["model"]).from_pretrained("task-0")
-    assert stack.verify() == 0
-    with stack.recall(0) as model:
-        for name, value in model.state_dict().items():
-            assert torch.equal(plain.state_dict()[name], value)
+    exec(code("README.md", "The guarantee"), given)
+    assert given["stack"].stats()["locked"] > 0
+    loaded = BitStack.load("masks.safetensors", given["model"])
+    assert loaded.stats() == given["stack"].stats()
 
 
-def readme_scope(folders, tmp_path) -> dict:
-    """What the README's examples take as given."""
+@pytest.fixture
+def given(folders, tmp_path) -> dict:
+    """The names that the README's examples take as given."""
     backbone = load_backbone(str(folders["bert"]), max_length=16, seed=0)
-    tasks = {
-        f"task_{number}": encode(Dataset.from_dict({"text": texts, "label": labels}), backbone)
-        for number, (texts, labels) in enumerate(
-            [
-                (["red sun", "blue moon"] * 8, [0, 1] * 8),
-                (["rain", "snow", "wind"] * 8, [0, 1, 2] * 8),
-            ],
-            start=1,
-        )
+    texts = {
+        "reviews": (["red sun", "blue moon"] * 8, [0, 1] * 8),
+        "news": (["rain", "snow", "wind"] * 8, [0, 1, 2] * 8),
+    }
+    data = {
+        name: encode(Dataset.from_dict({"text": text, "label": labels}), backbone)
+        for name, (text, labels) in texts.items()
     }
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "out"),
@@ -84,9 +205,7 @@ def readme_scope(folders, tmp_path) -> dict:
         disable_tqdm=True,
     )
     make_batch = collate(backbone)
-    batches = list(DataLoader(tasks["task_1"], batch_size=8, collate_fn=make_batch))
     return {
-        "BitStack": BitStack,
         "DataLoader": DataLoader,
         "Trainer": Trainer,
         "torch": torch,
@@ -94,32 +213,9 @@ def readme_scope(folders, tmp_path) -> dict:
         "base_model": load_backbone(str(folders["bert"]), max_length=16, seed=0).model,
         "args": arguments,
         "collate": make_batch,
-        "loader_1": batches,
-        "batch": batches[0],
-        **tasks,
+        "batch": next(iter(DataLoader(data["reviews"], batch_size=8, collate_fn=make_batch))),
+        **data,
     }
-
-
-COSTS = sorted(ROOT.glob("results/cost/*.json"))
-
-
-@pytest.mark.parametrize("file", COSTS, ids=lambda f: f.name)
-def test_the_readme_shows_the_costs_as_they_were_recorded(file):
-    report = CostReport.load(file)
-    assert {*report.provenance} == {"costs", "growth"}
-    for origin in report.provenance.values():
-        assert origin["git"]["dirty"] is False
-        assert "python -m bitstack_nb cost" in origin["command"]
-    assert format_table(cost_table(report).round(3)) in README
-
-
-COMPARED = ["evidence", "twenty/all-tests", "twenty/200-tests"]
-
-
-@pytest.mark.parametrize("folder", COMPARED)
-def test_the_readme_shows_the_comparison_as_it_was_recorded(folder):
-    results = load_results(ROOT / "results" / folder)
-    assert format_table(summary(results)) in README
 
 
 @pytest.mark.parametrize("module", ["bitstack_nb", "bitstack_nb.results.tables"])

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "BitStack": "stack",
+        "ExactRecall": "recall",
         "Protocol": "benchmark.protocol",
         "Result": "results.result",
         "Task": "data.tasks",

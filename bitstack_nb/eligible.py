@@ -37,7 +37,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: see :func:`refuse_shards`.
+        TypeError: it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {model!r}, expected a torch.nn.Module")
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, parallel):

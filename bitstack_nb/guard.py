@@ -26,7 +26,7 @@ _guards: WeakKeyDictionary[nn.Module, WeakSet[Guard]] = WeakKeyDictionary()
 _lifted: WeakSet[nn.Module] = WeakSet()
 
 
-class LockedEntriesMoved(RuntimeError):
+class LockedWeightsMoved(RuntimeError):
     """Entries that may not move differ from the values they must have."""
 
 
@@ -114,13 +114,13 @@ class Guard:
             _lifted.discard(self._model)
 
     def verify(self) -> None:
-        """Raise LockedEntriesMoved, naming how many and where, if any moved."""
+        """Raise LockedWeightsMoved, naming how many and where, if any moved."""
         self.check_still_the_models()
         moved = self._locks.moved()
         if moved:
             where = ", ".join(f"{name} ({number:,})" for name, number in moved.items())
-            raise LockedEntriesMoved(
-                f"{sum(moved.values()):,} locked entries moved: {where}. "
+            raise LockedWeightsMoved(
+                f"{sum(moved.values()):,} locked weights moved: {where}. "
                 "Call attach(optimizer) before training, or restore() to put them back"
             )
 
@@ -139,13 +139,13 @@ class Guard:
             )
 
     def _check_alone(self) -> None:
-        """Two stacks can each hold their own entries, but in mode recall one holds everything."""
+        """Two stacks can each hold their own weights, but exact recall holds all of them."""
         for other in _guards.get(self._model, ()):
             recall = any(isinstance(guard._locks, Owners) for guard in (self, other))
             if other is not self and other.handles and recall:
                 raise RuntimeError(
-                    "another stack has hooks on this model, and one of mode 'recall' is alone on "
-                    "its own: call the other's detach() first, or load the model anew"
+                    "another stack has hooks on this model, and exact recall must be alone on its "
+                    "model: call the other's detach() first, or load the model anew"
                 )
 
     def _parameters(self) -> dict[str, nn.Parameter]:

@@ -26,7 +26,6 @@ IMPORTANCE: dict[str, Importance] = {
     "gradient-weight": lambda parameter, gradient: (parameter.float() * gradient.float()).abs(),
     "fisher": lambda parameter, gradient: gradient.float().square(),
 }
-RANDOM = "random"
 
 
 def measure(
@@ -48,8 +47,6 @@ def measure(
     adds in another order, and so rounds otherwise: its scores differ by less than ``n * 2^-23`` of
     themselves, and an entry that near to the threshold may be chosen by one and not by the other.
 
-    Importance ``"random"`` measures nothing: the scores are drawn, the same ones each time.
-
     Raises:
         ValueError: the loader is empty, a batch has no labels, no gradient arrives, or a score is
             NaN or infinite.
@@ -67,8 +64,6 @@ def measure(
         name: torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
         for name, p in parameters.items()
     }
-    if importance == RANDOM:
-        return scores | draw(trainable, seed=0)
     device = next(iter(parameters.values())).device
     seen = 0
     with ranks.agreed(), undisturbed(model, device):

@@ -1,20 +1,20 @@
-"""The file of a stack: safetensors with all masks in one packed tensor.
+"""The file of ``BitStack`` and of ``ExactRecall``: safetensors with all masks in one packed tensor.
 
-Version 1, mode ``protect``. Tensors: ``masks`` (uint8, each parameter's packed bits one after the
+``BitStack``. Tensors: ``masks`` (uint8, each parameter's packed bits one after the
 other, every parameter from a whole byte on), ``values.<dtype>`` (the locked values of the
 parameters of that dtype, in the same order), ``selected`` and ``added`` (int32, tasks x
-parameters). Metadata: format, version, bit order, whether values are there, settings, and the
-parameters' names, shapes and dtypes as JSON. One tensor for all masks keeps the header small: a
-stack costs one bit per eligible entry.
+parameters). Metadata: format, version, method, bit order, whether values are there, settings, and
+the parameters' names, shapes and dtypes as JSON. One tensor for all masks keeps the header small: a
+stack costs one bit per eligible weight.
 
-Version 3, mode ``recall``. Tensors: ``owners`` (uint8 [planes, bytes], see ``bits.owned``, laid out
+``ExactRecall``. Tensors: ``owners`` (uint8 [planes, bytes], see ``bits.owned``, laid out
 as masks are; compressed by zlib, which takes a fraction where tasks own little) and
 ``values.<dtype>`` (the tasks' values of the parameters of that dtype, task after task, in the same
-order). Metadata: the number of tasks, and the base's digests by name, because a task's values mean
-nothing on another base; the rest as above. Version 2 had ``owners`` as they are.
+order). Metadata: the tasks' names, and the base's digests by name, because a task's values mean
+nothing on another base; the rest as above.
 
 Both have a digest of all that in the metadata, without which a flipped bit of a locked value would
-pass for the value; files written before there was one are read without.
+pass for the value.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ from safetensors.torch import save_file
 from bitstack_nb import bits
 from bitstack_nb.files import replacing
 
-FORMAT, BIT_ORDER = "bitstack-masks", "little"
-VERSIONS = {"1": "protect", "2": "recall", "3": "recall"}
-
+FORMAT, VERSION, BIT_ORDER = "bitstack-masks", "4", "little"
 
 # What a file that is not as written makes of the reading of it.
 _DAMAGE = (
@@ -56,20 +54,17 @@ class MaskFileError(ValueError):
     """A mask file is damaged, foreign or belongs to another model."""
 
 
-def write(path: str | os.PathLike[str], state: Mapping[str, Any], *, values: bool) -> None:
-    """Write ``BitStack.state_dict()`` to ``path``, whole or not at all."""
-    if state["settings"]["mode"] == "recall":
-        if not values:
-            raise ValueError(
-                "values=False would lose the tasks: mode 'recall' has them nowhere else"
-            )
-        version, (tensors, own) = "3", _recall_content(state)
+def write(path: str | os.PathLike[str], state: Mapping[str, Any], *, values: bool = True) -> None:
+    """Write a ``state_dict()`` to ``path``, whole or not at all."""
+    if "owners" in state:
+        method, (tensors, own) = "ExactRecall", _recall_content(state)
     else:
-        version, (tensors, own) = "1", _protect_content(state, values=values)
+        method, (tensors, own) = "BitStack", _protect_content(state, values=values)
     parameters = [[n, p["shape"], p["dtype"]] for n, p in state["parameters"].items()]
     metadata = {
         "format": FORMAT,
-        "version": version,
+        "version": VERSION,
+        "method": method,
         "bit_order": BIT_ORDER,
         "settings": json.dumps(state["settings"]),
         "parameters": json.dumps(parameters, separators=(",", ":")),
@@ -110,11 +105,11 @@ def _protect_content(state: Mapping[str, Any], *, values: bool) -> Content:
 def _recall_content(state: Mapping[str, Any]) -> Content:
     tensors = {"owners": packed_owners(state), **_by_dtype(state["parameters"], state["values"])}
     base = json.dumps(state["base"], separators=(",", ":"))
-    return tensors, {"tasks": str(len(state["values"])), "base": base}
+    return tensors, {"names": json.dumps(state["names"]), "base": base}
 
 
 def packed_owners(state: Mapping[str, Any]) -> torch.Tensor:
-    """Which entry is whose, as the file of mode ``recall`` has it: uint8, one dimension."""
+    """Which entry is whose, as the file has it: uint8, one dimension."""
     planes = torch.cat([state["owners"][n].cpu() for n in state["parameters"]], dim=1)
     return _bytes(zlib.compress(planes.numpy()))
 
@@ -146,12 +141,14 @@ def _by_dtype(
     return tensors
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read(path: str | os.PathLike[str], *, recall: bool = False) -> dict[str, Any]:
     """Read and check a file; the counterpart of :func:`write` (``values`` is None if left out).
+
+    With ``recall`` a file of ``ExactRecall``, else one of ``BitStack``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        MaskFileError: it is not a mask file, is damaged, or is of a newer format version.
+        MaskFileError: it is not a mask file, is damaged, or is of another method or version.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no mask file at {path}")
@@ -163,17 +160,19 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise MaskFileError(f"{path} is no safetensors file or is cut short: {error}") from error
     if metadata.get("format") != FORMAT:
         raise MaskFileError(f"{path} is a safetensors file, but not one written by BitStack.save")
-    mode = VERSIONS.get(metadata.get("version", ""))
-    if mode is None or metadata.get("bit_order") != BIT_ORDER:
+    found = tuple(metadata.get(key) for key in ("version", "bit_order"))
+    if found != (VERSION, BIT_ORDER):
         raise MaskFileError(
-            f"{path} has format version {metadata.get('version')} with bit order "
-            f"{metadata.get('bit_order')}, this package reads {' and '.join(VERSIONS)} with "
-            f"{BIT_ORDER}: update it"
+            f"{path} has format version {found[0]} with bit order {found[1]}, this package reads "
+            f"version {VERSION} with {BIT_ORDER}"
         )
-    if metadata.get("digest", found := _digest(tensors, metadata)) != found:
+    method = "ExactRecall" if recall else "BitStack"
+    if metadata.get("method") != method:
+        raise MaskFileError(f"{path} was saved by {metadata.get('method')}, not by {method}")
+    if metadata.get("digest") != _digest(tensors, metadata):
         raise MaskFileError(f"{path} is damaged: its content is not what its digest says")
     try:
-        return (_recall_state if mode == "recall" else _protect_state)(metadata, tensors)
+        return (_recall_state if recall else _protect_state)(metadata, tensors)
     except _DAMAGE as error:
         raise MaskFileError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
@@ -183,6 +182,13 @@ def _parameters(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         name: {"shape": [int(size) for size in shape], "dtype": str(dtype)}
         for name, shape, dtype in json.loads(metadata["parameters"])
     }
+
+
+def _names(metadata: Mapping[str, str]) -> list[str]:
+    names = json.loads(metadata["names"])
+    if not isinstance(names, list) or len({str(name) for name in names}) != len(names):
+        raise ValueError(f"the tasks' names are {names!r}")
+    return [str(name) for name in names]
 
 
 def _check_padding(name: str, packed: torch.Tensor, shape: list[int]) -> None:
@@ -225,22 +231,21 @@ def _protect_state(
 def _recall_state(
     metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    parameters, tasks = _parameters(metadata), int(metadata["tasks"])
+    parameters, names = _parameters(metadata), _names(metadata)
     sizes = [bits.packed_size(p["shape"]) for p in parameters.values()]
-    owners = tensors["owners"]
-    if metadata["version"] != "2":
-        owners = _unpacked_owners(owners, (tasks.bit_length(), sum(sizes)))
+    owners = _unpacked_owners(tensors["owners"], (len(names).bit_length(), sum(sizes)))
     planes = dict(zip(parameters, owners.split(sizes, dim=1), strict=True))
-    counts: list[dict[str, int]] = [{} for _ in range(tasks)]
+    counts: list[dict[str, int]] = [{} for _ in names]
     for name, own in planes.items():
         for plane in own:
             _check_padding(name, plane, parameters[name]["shape"])
-        for task in range(tasks):
+        for task in range(len(names)):
             counts[task][name] = bits.count(bits.owned(own, task))
         if bits.count(bits.owned_by_any(own)) != sum(task[name] for task in counts):
             raise ValueError(f"{name} has entries of a task that is not there")
     return {
         "settings": dict(json.loads(metadata["settings"])),
+        "names": names,
         "parameters": parameters,
         "owners": planes,
         "values": _values(parameters, counts, tensors),

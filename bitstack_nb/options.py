@@ -19,7 +19,7 @@ from bitstack_nb.data.tasks import (
     Task,
     find_task,
 )
-from bitstack_nb.settings import BUDGETS, IMPORTANCES
+from bitstack_nb.settings import BUDGETS, IMPORTANCES, RANDOM
 
 COMMANDS = ("run", "ablation", "stronger", "sweep", "figures", "cost")
 PARTS = ("costs", "growth")
@@ -239,9 +239,14 @@ def _one_of(known: Sequence[str]):
     return parse
 
 
+_IMPORTANCES = (*IMPORTANCES, RANDOM)
 # Options of which each combination is a run, for the strategies that have them.
 _CHOICES = {
-    "importance": (_one_of(IMPORTANCES["recall"]), "gradient", " or ".join(IMPORTANCES["recall"])),
+    "importance": (
+        _one_of((*IMPORTANCES, RANDOM)),
+        "gradient",
+        " or ".join((*IMPORTANCES, RANDOM)),
+    ),
     "budget": (_one_of(BUDGETS), "union", " or ".join(BUDGETS)),
     "sparsity": (float, Protocol.sparsity, "share a task locks"),
     "n_batches": (int, Protocol.n_batches, "batches that importance is measured on"),

@@ -96,16 +96,12 @@ class Owners:
             bits.put(mask, self._open[name], True)
         return mask
 
-    def numbers(self, name: str) -> torch.Tensor:
-        """Whose each entry of a parameter is: int32 of its shape, 0 of nobody, t + 1 of task t."""
+    def own_mask(self, task: int, name: str) -> torch.Tensor:
+        """A task's own weights of a parameter: bool, of its shape and on its device."""
         self._follow({name: self.parameters[name]})
-        shape = self.parameters[name].shape
-        owner = torch.zeros(shape, dtype=torch.int32, device=self.parameters[name].device)
-        for bit, plane in enumerate(self._planes[name]):
-            owner += bits.unpack(plane, shape).to(torch.int32) << bit
-        if self._open is not None:
-            bits.put(owner, self._open[name], self.closed + 1)
-        return owner
+        mask = torch.zeros_like(self.parameters[name], dtype=torch.bool, requires_grad=False)
+        bits.put(mask, self._positions(task, name), True)
+        return mask
 
     def _positions(self, task: int, name: str) -> torch.Tensor:
         """Where a task's entries lie in the flattened parameter, ascending: int64."""
@@ -344,7 +340,7 @@ class Owners:
 
     def _check_closed(self, why: str) -> None:
         if self.is_open:
-            raise RuntimeError(f"task {self.closed} is still open, and {why}: update() closes it")
+            raise RuntimeError(f"task {self.closed} is still open, and {why}: close() it first")
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -1,33 +1,33 @@
-"""What a stack can be asked for, and the errors for what it cannot."""
+"""What the method can be asked for, and the errors for what it cannot. Loads no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Real
 
-from bitstack_nb.importance import IMPORTANCE, RANDOM
-
 BUDGETS = ("union", "fresh")
-# Strategies to which importance says how many entries to lock, not which.
+IMPORTANCES = ("gradient", "gradient-weight", "fisher")
+RANDOM = "random"  # importance of exact recall only: protecting random weights is a control
+# Strategies to which importance says how many weights to lock, not which.
 CONTROLS = ("random-mask", "magnitude-mask")
-# Of each mode. Protecting entries drawn by chance is a control, "random-mask".
-IMPORTANCES = {"protect": tuple(IMPORTANCE), "recall": (*IMPORTANCE, RANDOM)}
-MODES = tuple(IMPORTANCES)
 
 
 def check_settings(
     sparsity: float,
+    exclude: Sequence[str] | None = None,
     *,
-    mode: str = "protect",
     budget: str = "union",
     importance: str = "gradient",
+    importances: Sequence[str] = IMPORTANCES,
 ) -> None:
     """Raise a ValueError that names a setting out of range, and what it may be."""
     if not isinstance(sparsity, Real) or not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity is {sparsity!r}, expected a share from 0 to 1, as 0.12")
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude is the string {exclude!r}, expected a list of strings")
     for what, value, known in (
-        ("mode", mode, MODES),
         ("budget", budget, BUDGETS),
-        ("importance", importance, IMPORTANCES.get(mode, ())),
+        ("importance", importance, importances),
     ):
         if value not in known:
             raise ValueError(f"{what} is {value!r}, expected one of {', '.join(known)}")

@@ -40,6 +40,6 @@ class BitStackCallback(TrainerCallback):
         """Prove that no locked entry moved.
 
         Raises:
-            LockedEntriesMoved: something changed the weights past the optimizer.
+            LockedWeightsMoved: something changed the weights past the optimizer.
         """
         self._stack.verify()

@@ -8,7 +8,7 @@ from pathlib import Path
 import tiny
 import torch
 
-from bitstack_nb import BitStack
+from bitstack_nb import BitStack, ExactRecall
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
 
@@ -39,15 +39,15 @@ class LockedCase(unittest.TestCase):
 
 
 class RecallCase(unittest.TestCase):
-    """Tasks trained in mode recall; `self.after[t]` is the backbone just after task t."""
+    """Tasks "0", "1", ... of exact recall; `self.after[t]` is the backbone just after task t."""
 
     def trained(
         self, model=None, *, tasks=3, sparsity=0.2, make_optimizer=ADAMW, **settings
-    ) -> tuple[torch.nn.Module, BitStack]:
+    ) -> tuple[torch.nn.Module, ExactRecall]:
         """A model and its stack, each task trained for some steps with one attached optimizer."""
         model = tiny.plain() if model is None else model
         self.base, self.after = backbone(model), []
-        stack = BitStack(model, sparsity, mode="recall", **settings)
+        stack = ExactRecall(model, sparsity, **{"importance": "gradient"} | settings)
         optimizer = make_optimizer(model.parameters())
         stack.attach(optimizer)
         for task in range(tasks):
@@ -55,9 +55,9 @@ class RecallCase(unittest.TestCase):
         return model, stack
 
     def train_task(self, model, stack, optimizer, task):
-        stack.begin(tiny.batches(3, seed=task))
+        stack.begin(str(task), loader=tiny.batches(3, seed=task))
         tiny.train(model, optimizer, tiny.batches(4, seed=task), seed=task)
-        stack.update()
+        stack.close()
         self.after.append(backbone(model))
 
     def assert_bits(self, model, expected: dict, message=None):
@@ -69,7 +69,7 @@ class RecallCase(unittest.TestCase):
         """Each task and the base come back bit for bit, in any order, and the present stays."""
         before = backbone(model)
         for task in (*range(len(self.after)), None, *reversed(range(len(self.after)))):
-            with stack.recall(task):
+            with stack.using(None if task is None else str(task)):
                 self.assert_bits(model, self.base if task is None else self.after[task])
                 self.assertEqual(stack.verify(), 0)
             self.assert_bits(model, before)

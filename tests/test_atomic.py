@@ -151,7 +151,7 @@ class Atomicity(unittest.TestCase):
                 BitStack(model, exclude=exclude)
 
     def test_unknown_settings(self):
-        for setting in ("mode", "budget", "importance"):
+        for setting in ("budget", "importance"):
             with self.subTest(setting), self.assertRaisesRegex(ValueError, "sideways"):
                 BitStack(tiny.plain(), **{setting: "sideways"})
         with self.assertRaises((TypeError, ValueError)):

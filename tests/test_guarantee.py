@@ -23,7 +23,7 @@ from torch.optim import (
 )
 
 from bitstack_nb import BitStack
-from bitstack_nb.stack import LockedEntriesMoved
+from bitstack_nb.guard import LockedWeightsMoved
 
 OPTIMIZERS = {
     "AdamW": ADAMW,
@@ -70,7 +70,7 @@ class Optimizers(LockedCase):
                 stack = BitStack(model, 0.3)
                 stack.update(tiny.batches(2, seed=0))
                 tiny.train(model, optimizer, tiny.batches(1, seed=1))
-                with self.assertRaises(LockedEntriesMoved):
+                with self.assertRaises(LockedWeightsMoved):
                     stack.verify()
 
     def test_lbfgs_closure(self):

@@ -23,8 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from bitstack_nb import BitStack
-from bitstack_nb.stack import LockedEntriesMoved
+from bitstack_nb import BitStack, ExactRecall
+from bitstack_nb.guard import LockedWeightsMoved
 
 
 def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -130,7 +130,7 @@ class WithTrainer(unittest.TestCase):
         model = tiny.gpt2()
         stack = self.locked(model)
         self.trainer(model, None).train()
-        with self.assertRaises(LockedEntriesMoved):
+        with self.assertRaises(LockedWeightsMoved):
             stack.verify()
 
     def test_tasks_in_sequence_with_one_trainer_each(self):
@@ -202,7 +202,7 @@ class WithTrainer(unittest.TestCase):
                 with torch.no_grad():
                     model.transformer.h[0].attn.c_attn.weight.add_(1e-3)
 
-        with self.assertRaisesRegex(LockedEntriesMoved, r"h\.0\.attn\.c_attn\.weight"):
+        with self.assertRaisesRegex(LockedWeightsMoved, r"h\.0\.attn\.c_attn\.weight"):
             self.trainer(model, [stack.callback(), Meddle()]).train()
 
     def test_recall_with_one_trainer_a_task(self):
@@ -213,22 +213,23 @@ class WithTrainer(unittest.TestCase):
         ):
             with self.subTest(str(arguments)):
                 model = tiny.gpt2()
-                base, stack, after = tiny.snapshot(model), BitStack(model, 0.2, mode="recall"), []
+                base, after = tiny.snapshot(model), []
+                stack = ExactRecall(model, 0.2, importance="gradient")
                 for task in range(3):
-                    stack.begin(tiny.batches(2, seed=task))
+                    stack.begin(str(task), loader=tiny.batches(2, seed=task))
                     watch = Verifying(stack)
                     self.trainer(model, [stack.callback(), watch], seed=task, **arguments).train()
                     self.assertGreater(watch.steps, 2)
-                    stack.update()
+                    stack.close()
                     after.append(tiny.snapshot(model))
                     moved = tiny.changed(model, base)
                     self.assertFalse(moved["transformer.wte.weight"].any())
                     self.assertTrue(moved["transformer.h.0.attn.c_attn.weight"].any())
                 for task, expected in enumerate(after):
-                    with stack.recall(task):
+                    with stack.using(str(task)):
                         moved = tiny.changed(model, expected)
                         self.assertFalse(any(c.any() for n, c in moved.items() if "score" not in n))
-                    exported = stack.export(task)
+                    exported = stack.export(str(task))
                     expected = copy.deepcopy(exported.state_dict())
                     with torch.no_grad():
                         model.transformer.wte.weight.add_(1.0)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from toy_results import run
 
 import bitstack_nb
-from bitstack_nb import BitStack
+from bitstack_nb import BitStack, ExactRecall, maskfile
 from bitstack_nb.maskfile import MaskFileError
 from bitstack_nb.results.result import Result, ResultError
 from bitstack_nb.results.tables import format_table, table
@@ -103,32 +103,33 @@ def spoilt_tensor(tensor: torch.Tensor, generator: random.Random) -> torch.Tenso
     return change().contiguous()
 
 
-@pytest.fixture(scope="module", params=["protect", "recall"])
+@pytest.fixture(scope="module", params=["BitStack", "ExactRecall"])
 def good(request, tmp_path_factory):
-    """A stack of three tasks in each mode, and its file."""
+    """Three tasks of each method, and its file."""
     model = tiny.plain()
-    if request.param == "protect":
+    if request.param == "BitStack":
         stack = BitStack(model, 0.1, budget="fresh")
         for task in range(3):
             stack.update(tiny.batches(2, seed=task))
     else:
-        stack, optimizer = BitStack(model, 0.2, mode="recall"), ADAMW(model.parameters())
+        stack = ExactRecall(model, 0.2, importance="gradient")
+        optimizer = ADAMW(model.parameters())
         stack.attach(optimizer)
         for task in range(3):
-            stack.begin(tiny.batches(2, seed=task), head_steps=1)
+            stack.begin(str(task), loader=tiny.batches(2, seed=task), head_steps=1)
             tiny.train(model, optimizer, tiny.batches(1, seed=task))
-            stack.update()
+            stack.close()
     path = tmp_path_factory.mktemp(request.param) / "stack.safetensors"
     stack.save(path)
     return stack, path
 
 
-def load_or_refuse(path: Path) -> BitStack | None:
+def load_or_refuse(path: Path, method: type) -> BitStack | ExactRecall | None:
     """The stack, or None where our error is raised and the model is untouched."""
     model = tiny.plain()
     before = tiny.snapshot(model)
     try:
-        return BitStack.load(path, model)
+        return method.load(path, model)
     except MaskFileError:
         assert not any(c.any() for c in tiny.changed(model, before).values())
         assert not any(p._backward_hooks for p in model.parameters())
@@ -152,7 +153,7 @@ def test_damaged_bytes_of_a_mask_file(good, tmp_path):
     generator, file, loaded = random.Random(0), tmp_path / "damaged.safetensors", 0
     for number in range(300):
         file.write_bytes(damaged(data, generator, header=header))
-        found = load_or_refuse(file)
+        found = load_or_refuse(file, type(stack))
         if found is not None:
             loaded += 1
             assert plain(found.state_dict()) == expected, number
@@ -160,12 +161,11 @@ def test_damaged_bytes_of_a_mask_file(good, tmp_path):
 
 
 def test_mask_files_with_other_contents(good, tmp_path):
-    """Written by hand, so without a digest as by the first versions: consistent, or refused."""
-    _, path = good
+    """Written by hand, digest and all: consistent, or refused."""
+    stack, path = good
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    metadata.pop("digest")
     generator, file, loaded = random.Random(1), tmp_path / "spoilt.safetensors", 0
     for number in range(150):
         other_tensors, other = dict(tensors), dict(metadata)
@@ -173,11 +173,12 @@ def test_mask_files_with_other_contents(good, tmp_path):
             key = generator.choice(sorted(tensors))
             other_tensors[key] = spoilt_tensor(tensors[key], generator)
         else:
-            key = generator.choice(["parameters", "settings", "values", "tasks", "base"])
+            key = generator.choice(["parameters", "settings", "values", "names", "base"])
             value = spoilt(json.loads(metadata.get(key, "0")), generator)
             other[key] = json.dumps(value, ensure_ascii=True)
+        other["digest"] = maskfile._digest(other_tensors, other)
         save_file(other_tensors, file, metadata=other)
-        if (found := load_or_refuse(file)) is not None:
+        if (found := load_or_refuse(file, type(stack))) is not None:
             loaded += 1
             assert_consistent(found, number)
     assert 0 < loaded < 75
@@ -194,7 +195,7 @@ def assert_consistent(stack: BitStack, number: int) -> None:
     assert (rows["selected"] <= rows["eligible"]).all(), number
     with tempfile.TemporaryDirectory() as folder:
         stack.save(Path(folder) / "again.safetensors")
-        again = load_or_refuse(Path(folder) / "again.safetensors")
+        again = load_or_refuse(Path(folder) / "again.safetensors", type(stack))
     assert plain(again.state_dict()) == plain(stack.state_dict()), number
 
 

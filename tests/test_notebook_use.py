@@ -16,8 +16,8 @@ import torch
 from cases import ADAMW, FileCase, LockedCase, RecallCase, backbone
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from bitstack_nb import BitStack
-from bitstack_nb.stack import LockedEntriesMoved
+from bitstack_nb import BitStack, ExactRecall
+from bitstack_nb.guard import LockedWeightsMoved
 
 
 @contextmanager
@@ -68,7 +68,7 @@ class Interrupted(LockedCase):
                     tiny.train(model, optimizer, tiny.batches(1, seed=1))
                 try:
                     stack.verify()
-                except LockedEntriesMoved as error:
+                except LockedWeightsMoved as error:
                     told += 1
                     self.assertRegex(str(error), r"restore\(\)")
                 if moment % 2:  # put back by hand, or by the next step
@@ -142,12 +142,12 @@ class InterruptedRecall(RecallCase):
         self.stack.attach(self.optimizer)
 
     def open(self):
-        self.stack.begin(tiny.batches(2, seed=2), head_steps=2)
+        self.stack.begin("2", loader=tiny.batches(2, seed=2), head_steps=2)
         tiny.train(self.model, self.optimizer, tiny.batches(2, seed=2))
 
     def close(self):
         tiny.train(self.model, self.optimizer, tiny.batches(1, seed=3))
-        self.stack.update()
+        self.stack.close()
         self.after.append(backbone(self.model))
         self.assert_recalls(self.model, self.stack)
 
@@ -157,7 +157,7 @@ class InterruptedRecall(RecallCase):
         present = backbone(self.model)
 
         def switch():
-            with self.stack.recall(0):
+            with self.stack.using("0"):
                 pass
 
         for moment in self.moments(switch):
@@ -172,8 +172,8 @@ class InterruptedRecall(RecallCase):
         """Then another task is left shown; closing does not take its values for the open one's."""
         self.open()
         present = backbone(self.model)
-        self.stack._locks.show(0)
-        self.stack.update()
+        self.stack._owners.show(0)
+        self.stack.close()
         self.after.append(present)
         self.assert_recalls(self.model, self.stack)
 
@@ -181,7 +181,7 @@ class InterruptedRecall(RecallCase):
         """Nothing has changed and begin() can be called again, or the task is open."""
 
         def begin():
-            self.stack.begin(tiny.batches(2, seed=2), head_steps=2)
+            self.stack.begin("2", loader=tiny.batches(2, seed=2), head_steps=2)
 
         opened = set()
         for moment in self.moments(begin, 20):
@@ -190,7 +190,7 @@ class InterruptedRecall(RecallCase):
                 before, masks = backbone(self.model), dict(self.stack.masks)
                 with interrupted(moment):
                     begin()
-                with self.stack.recall(1):
+                with self.stack.using("1"):
                     self.assert_bits(self.model, before)
                 try:
                     begin()
@@ -273,30 +273,31 @@ class Reruns(LockedCase, FileCase):
         tiny.train(model, optimizer, tiny.batches(2, seed=1))
         self.assert_held(stack, model, before)
 
-    def test_a_recall_stack_is_alone_on_its_model(self):
+    def test_exact_recall_is_alone_on_its_model(self):
         """Beside another its base would be some task's, and its tasks would not train."""
-        for modes in (("recall", "recall"), ("protect", "recall"), ("recall", "protect")):
-            with self.subTest(modes):
+        for kinds in ((ExactRecall, ExactRecall), (BitStack, ExactRecall), (ExactRecall, BitStack)):
+            with self.subTest(kinds):
                 model = tiny.plain()
                 optimizer = ADAMW(model.parameters())
-                first = BitStack(model, 0.2, mode=modes[0])
-                early = BitStack(model, 0.2, mode=modes[1])  # neither has done anything yet
-                if modes[0] == "recall":
-                    first.begin(tiny.batches(2, seed=0))
+                first, early = (kind(model, 0.2) for kind in kinds)  # neither has done anything yet
+                if kinds[0] is ExactRecall:
+                    first.begin("a")
                 else:
                     first.update(tiny.batches(2, seed=0))
                 calls = [
-                    lambda m=model, mode=modes[1]: BitStack(m, 0.2, mode=mode),
+                    lambda m=model, kind=kinds[1]: kind(m, 0.2),
                     lambda e=early, o=optimizer: e.attach(o),
-                    lambda e=early: (e.begin if e.settings["mode"] == "recall" else e.update)(
-                        tiny.batches(2, seed=1)
+                    lambda e=early: (
+                        e.begin("b")
+                        if isinstance(e, ExactRecall)
+                        else e.update(tiny.batches(2, seed=1))
                     ),
                 ]
                 for call in calls:
                     with self.assertRaisesRegex(RuntimeError, r"another stack.*detach\(\)"):
                         call()
                 first.detach()
-                BitStack(model, 0.2, mode=modes[1]).attach(optimizer)
+                kinds[1](model, 0.2).attach(optimizer)
 
 
 class Changed(LockedCase):
@@ -319,7 +320,7 @@ class Changed(LockedCase):
         model, optimizer, stack = self.locked_model()
         before = tiny.snapshot(model)
         model.to(torch.bfloat16).to(torch.float32)
-        with self.assertRaises(LockedEntriesMoved):
+        with self.assertRaises(LockedWeightsMoved):
             stack.verify()
         tiny.train(model, optimizer, tiny.batches(1, seed=1))
         self.assert_held(stack, model, before)

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
 
-from bitstack_nb import BitStack, bits
-from bitstack_nb.stack import LockedEntriesMoved
+from bitstack_nb import BitStack, ExactRecall, bits
+from bitstack_nb.guard import LockedWeightsMoved
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = st.sampled_from([0, 1, 2, 3, 5, 7, 8, 13, 17, 31])
@@ -65,9 +65,9 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 class Machine(RuleBasedStateMachine):
-    """What both modes share: a tree, one optimizer, and files."""
+    """What both methods share: a tree, one optimizer, and files."""
 
-    mode = "protect"
+    method: type = BitStack
 
     @initialize(
         shapes=st.lists(SHAPES, min_size=1, max_size=4),
@@ -81,9 +81,10 @@ class Machine(RuleBasedStateMachine):
         shapes = [(3, 5), *map(tuple, shapes)]  # never without an entry
         self.fresh = tiny.seeded(lambda: Tree(shapes, dtype, tied), len(shapes))
         self.make_optimizer = OPTIMIZERS[optimizer]
-        self.settings = {"mode": self.mode} | ({"budget": budget} if self.mode == "protect" else {})
+        protect = self.method is BitStack
+        self.settings = {"budget": budget} if protect else {"importance": "gradient"}
         self.sparsity, self.attached = sparsity, False
-        self.use(model := copy.deepcopy(self.fresh), BitStack(model, sparsity, **self.settings))
+        self.use(model := copy.deepcopy(self.fresh), self.method(model, sparsity, **self.settings))
         names = [n for n, _ in model.named_parameters() if n.startswith("blocks.")]
         assert list(self.stack.masks) == names
         self.eligible = sum(model.get_parameter(name).numel() for name in names)
@@ -128,11 +129,11 @@ class Machine(RuleBasedStateMachine):
     def saved(self) -> Path:
         with tempfile.TemporaryDirectory() as folder:
             self.stack.save(path := Path(folder) / "stack.safetensors")
-            self.use(model := self.to_load_onto(), BitStack.load(path, model))
+            self.use(model := self.to_load_onto(), self.method.load(path, model))
 
 
 class Protect(Machine):
-    """Mode ``protect``."""
+    """``BitStack``."""
 
     def prepare(self, names):
         self.masks = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in self.values().items()}
@@ -199,16 +200,16 @@ class Protect(Machine):
             assert torch.equal(mask, self.masks[name])
             assert self.stack.state_dict()["bits"][name].numel() == bits.packed_size(mask.shape)
         if moved := self.moved():
-            with pytest.raises(LockedEntriesMoved, match=f"^{moved:,} "):
+            with pytest.raises(LockedWeightsMoved, match=f"^{moved:,} "):
                 self.stack.verify()
         else:
             assert self.stack.verify() == 0
 
 
 class Recall(Machine):
-    """Mode ``recall``."""
+    """``ExactRecall``."""
 
-    mode = "recall"
+    method = ExactRecall
 
     def prepare(self, names):
         self.base = {n: p.detach().clone() for n, p in self.values().items()}
@@ -228,27 +229,27 @@ class Recall(Machine):
     @precondition(lambda self: not self.is_open)
     @rule(seed=st.integers(0, 99))
     def begin(self, seed):
-        with self.stack.recall(None):
+        with self.stack.using(None):
             scores = self.stack.measure(batches(seed))
-        budget = self.room()
+        budget, name = self.room(), str(len(self.tasks))
         if budget is None:
             with pytest.raises(ValueError, match="no further one"):
-                self.stack.begin(batches(seed), head_steps=1)
+                self.stack.begin(name, loader=batches(seed), head_steps=1)
             return
-        for name, score in scores.items():
-            score.masked_fill_(self.owners[name] > 0, 0)
+        for own, score in scores.items():
+            score.masked_fill_(self.owners[own] > 0, 0)
         chosen = self.chosen(scores, budget, ties=False)
-        self.stack.begin(batches(seed), head_steps=1)
-        for name, mask in chosen.items():
-            self.owners[name][mask] = len(self.tasks) + 1
-            assert same_bits(self.model.get_parameter(name), self.base[name]).all()
+        self.stack.begin(name, loader=batches(seed), head_steps=1)
+        for own, mask in chosen.items():
+            self.owners[own][mask] = len(self.tasks) + 1
+            assert same_bits(self.model.get_parameter(own), self.base[own]).all()
         self.is_open = True
 
     @precondition(lambda self: self.is_open)
     @rule()
     def close(self):
         self.stack.restore()
-        self.stack.update()
+        self.stack.close()
         self.tasks.append({n: p.detach().clone() for n, p in self.values().items()})
         self.is_open = False
 
@@ -285,7 +286,7 @@ class Recall(Machine):
         task = data.draw(st.sampled_from([None, *range(len(self.tasks))]))
         before = {n: p.detach().clone() for n, p in self.values().items()}
         expected = self.base if task is None else self.tasks[task]
-        with self.stack.recall(task):
+        with self.stack.using(None if task is None else str(task)):
             assert all(same_bits(p, expected[n]).all() for n, p in self.values().items())
             assert self.stack.verify() == 0
         assert all(same_bits(p, before[n]).all() for n, p in self.values().items())
@@ -295,11 +296,11 @@ class Recall(Machine):
         owned = sum(int((owner > 0).sum()) for owner in self.owners.values())
         assert self.stack.stats()["locked"] == owned
         assert self.stack.layer_table()["added"].sum() == owned
-        for name, owner in self.stack.owners.items():
-            assert torch.equal(owner, self.owners[name])
+        for name, owner in self.owners.items():
             assert torch.equal(self.stack.masks[name], owner > 0)
             for task, values in enumerate(self.tasks):
                 theirs = owner == task + 1
+                assert torch.equal(self.stack.mask(str(task))[name], theirs)
                 assert same_bits(values[name], self.base[name])[~theirs].all()
 
 

@@ -15,7 +15,7 @@ from cases import ADAMW, backbone
 from processes import in_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from bitstack_nb import BitStack, ranks
+from bitstack_nb import BitStack, ExactRecall, ranks
 from bitstack_nb.importance import IMPORTANCE
 from bitstack_nb.ranks import RankError
 
@@ -127,7 +127,7 @@ def recalled_twice() -> tuple[list[dict], list[dict]]:
 def recalled(own) -> list[dict]:
     """Two tasks of mode recall on a rank's own batches: head, masks and weights of each."""
     model, shared = tiny.plain(), dist.is_initialized()
-    stack = BitStack(model, 0.3, mode="recall")
+    stack = ExactRecall(model, 0.3, importance="gradient")
     trained = DistributedDataParallel(model) if shared else model
     optimizer = ADAMW(model.parameters())
     stack.attach(optimizer)
@@ -135,15 +135,15 @@ def recalled(own) -> list[dict]:
     for task in range(2):
         new_head(model, seed=10 * task + (dist.get_rank() if shared else 0))
         batches = own(tiny.batches(BATCHES, seed=task))
-        stack.begin(batches)
+        stack.begin(str(task), loader=batches)
         head = {n: v.clone() for n, v in model.classifier.state_dict().items()}
         masks = dict(stack.masks)
         # DDP waits for every rank at every step, so each takes as many.
         tiny.train(trained, optimizer, batches[:2], seed=task)
-        stack.update()
+        stack.close()
         tasks.append({"head": head, "masks": masks, "after": backbone(model)})
     for number, task in enumerate(tasks):
-        with stack.recall(number):
+        with stack.using(str(number)):
             task["recalled"] = backbone(model)
     return tasks
 
@@ -187,16 +187,16 @@ def trained() -> dict:
     stack.update(train_with_trainer(model, stack, seed=1))
     stack.verify()
     found["after"] = tiny.snapshot(model)
-    stack.detach()  # mode recall is alone on its model
-    stack = BitStack(model, 0.3, mode="recall")
-    stack.begin(loader)
+    stack.detach()  # exact recall is alone on its model
+    stack = ExactRecall(model, 0.3, importance="gradient")
+    stack.begin("a", loader=loader)
     train_with_trainer(model, stack, seed=2)
-    stack.update()
-    found["owned"], found["recalled"] = dict(stack.owners), backbone(model)
-    stack.begin(loader)
+    stack.close()
+    found["owned"], found["recalled"] = dict(stack.mask("a")), backbone(model)
+    stack.begin("b", loader=loader)
     train_with_trainer(model, stack, seed=3)
-    stack.update()
-    with stack.recall(0):
+    stack.close()
+    with stack.using("a"):
         again = backbone(model)
     found["recalled again"] = [n for n in again if not torch.equal(again[n], found["recalled"][n])]
     return found
@@ -280,8 +280,12 @@ def failures() -> dict[str, tuple[str, str, int]]:
     for case, (stack, batches, expected) in protect.items():
         found[case] = (expected, said(stack.update, batches), stack.stats()["locked"])
     for case, (model, batches, expected) in recall.items():
-        stack = BitStack(model, 0.3, mode="recall")
-        found[case] = (expected, said(stack.begin, batches), stack.stats()["locked"])
+        stack = ExactRecall(model, 0.3, importance="gradient")
+        found[case] = (
+            expected,
+            said(lambda t=stack, b=batches: t.begin("a", loader=b)),
+            stack.stats()["locked"],
+        )
     BitStack(tiny.plain()).update(good)
     return found
 
@@ -302,8 +306,10 @@ class Leaving(unittest.TestCase):
 
 def left() -> bool:
     """Whether the process group is gone once its rank has trained and left."""
-    stack = BitStack(tiny.plain(), 0.3, mode="recall")
-    stack.begin(tiny.batches(2, seed=0))  # fits the head: the first optimizer of the process
+    stack = ExactRecall(tiny.plain(), 0.3)
+    stack.begin(
+        "a", loader=tiny.batches(2, seed=0)
+    )  # fits the head: the first optimizer of the process
     connection = weakref.ref(dist.group.WORLD)
     ranks.leave()
     gc.collect()

@@ -1,4 +1,4 @@
-"""Mode recall: any task's model comes back bit for bit, and a task moves its own entries only."""
+"""Exact recall: any task's model comes back bit for bit, and a task moves its own entries only."""
 
 import copy
 import random
@@ -14,13 +14,14 @@ from cases import ADAMW, RecallCase, backbone
 from torch import nn
 from torch.optim import SGD
 
-from bitstack_nb import BitStack
-from bitstack_nb.settings import IMPORTANCES
-from bitstack_nb.stack import LockedEntriesMoved
+from bitstack_nb import BitStack, ExactRecall
+from bitstack_nb.guard import LockedWeightsMoved
+from bitstack_nb.settings import IMPORTANCES, RANDOM
 
 
-def recall_stack(model=None, sparsity=0.2, **settings) -> BitStack:
-    return BitStack(tiny.plain() if model is None else model, sparsity, mode="recall", **settings)
+def recall_stack(model=None, sparsity=0.2, **settings) -> ExactRecall:
+    model = tiny.plain() if model is None else model
+    return ExactRecall(model, sparsity, **{"importance": "gradient"} | settings)
 
 
 class AgainstReference(RecallCase):
@@ -47,18 +48,18 @@ class AgainstReference(RecallCase):
         stack.attach(optimizer)
         for task in range(3):
             loader = tiny.batches(3, seed=task)
-            stack.begin(loader, head_steps=4, head_learning_rate=0.01)
+            stack.begin(str(task), loader=loader, head_steps=4, head_learning_rate=0.01)
             plain.begin(loader, steps=4, learning_rate=0.01)
             self.assert_equal(model, plain_model)
             for name, owned in plain.owned.items():
                 self.assertTrue(torch.equal(stack.masks[name], owned), name)
             tiny.train(model, optimizer, loader, seed=task)
             plain.train(plain_optimizer, loader, seed=task)
-            stack.update()
+            stack.close()
             plain.update()
             self.assert_equal(model, plain_model)
         for task, expected in enumerate(plain.models):
-            with stack.recall(task):
+            with stack.using(None if task is None else str(task)):
                 for name, value in expected.items():
                     own = model.get_parameter(name)
                     self.assertTrue(torch.equal(tiny.as_bits(own), tiny.as_bits(value)), name)
@@ -102,13 +103,13 @@ class Exactness(RecallCase):
         eligible = stack.stats()["eligible"]
         before = dict(stack.masks)
         for task in range(3):
-            numbers = stack.begin(tiny.batches(3, seed=task))
+            numbers = stack.begin(str(task), loader=tiny.batches(3, seed=task))
             self.assertEqual(numbers["locked"], (task + 1) * round(0.2 * eligible))
             own = {name: mask & ~before[name] for name, mask in stack.masks.items()}
             self.assertEqual(sum(int(m.sum()) for m in own.values()), round(0.2 * eligible))
             tiny.train(model, optimizer, tiny.batches(4, seed=task))
             self.assertEqual(stack.verify(), 0)
-            stack.update()
+            stack.close()
             for name, value in backbone(model).items():
                 different = tiny.as_bits(value) != tiny.as_bits(base[name])
                 mine = own.get(name, torch.zeros_like(different))
@@ -128,11 +129,11 @@ class Exactness(RecallCase):
             model.embed.weight.add_(1.0)
             model.blocks[0].up.weight.add_(1.0)
         head = model.classifier.weight.detach().clone()
-        stack.begin(tiny.batches(3, seed=1), head_steps=0)
+        stack.begin("1", loader=tiny.batches(3, seed=1), head_steps=0)
         self.assert_bits(model, self.base)
         self.assertTrue(torch.equal(model.classifier.weight, head))
-        stack.update()
-        stack.begin(tiny.batches(3, seed=1), head_steps=5)
+        stack.close()
+        stack.begin("2", loader=tiny.batches(3, seed=1), head_steps=5)
         self.assert_bits(model, self.base)
         self.assertFalse(torch.equal(model.classifier.weight, head))
 
@@ -142,7 +143,7 @@ class Exactness(RecallCase):
         for steps in (0, 40):
             model = tiny.plain()
             loader = tiny.batches(2, seed=0)
-            recall_stack(model).begin(iter(loader), head_steps=steps)
+            recall_stack(model).begin("a", loader=iter(loader), head_steps=steps)
             model.eval()
             losses.append(sum(float(model(**batch).loss) for batch in loader))
         self.assertLess(losses[1], 0.9 * losses[0])
@@ -170,7 +171,7 @@ class Exactness(RecallCase):
         for change in (model.blocks[1].scale, model.embed.weight, model.blocks[1].norm.weight):
             with torch.no_grad():
                 change[0] += 1.0
-            with self.assertRaises(LockedEntriesMoved):
+            with self.assertRaises(LockedWeightsMoved):
                 stack.verify()
             stack.restore()
             self.assertEqual(stack.verify(), 0)
@@ -192,14 +193,14 @@ class Exactness(RecallCase):
         (batch,) = tiny.batches(1, seed=9)
         for task in (1, 0, None):
             model.train()(**batch)
-            with self.assertRaisesRegex(LockedEntriesMoved, "running_mean"):
+            with self.assertRaisesRegex(LockedWeightsMoved, "running_mean"):
                 stack.verify()
-            with stack.recall(task):
+            with stack.using(None if task is None else str(task)):
                 self.assertEqual(stack.verify(), 0)
             self.assertEqual(stack.verify(), 0)
-        stack.begin(tiny.batches(2, seed=2))
+        stack.begin("2", loader=tiny.batches(2, seed=2))
         model.train()(**batch)
-        stack.update()
+        stack.close()
         self.assertEqual(stack.verify(), 0)
 
     def test_a_step_without_an_open_task_moves_the_head_only(self):
@@ -210,7 +211,7 @@ class Exactness(RecallCase):
         tiny.train(model, optimizer, tiny.batches(2, seed=5))
         self.assert_bits(model, self.after[-1])
         self.assertFalse(torch.equal(model.classifier.weight, head))
-        with stack.recall(0):
+        with stack.using("0"):
             tiny.train(model, optimizer, tiny.batches(2, seed=5))
             self.assert_bits(model, self.after[0])
         self.assert_bits(model, self.after[-1])
@@ -218,7 +219,7 @@ class Exactness(RecallCase):
     def test_gradients_are_zero_but_for_the_tasks_own_entries(self):
         model, stack = self.trained(tasks=1)
         before = dict(stack.masks)
-        stack.begin(tiny.batches(2, seed=1))
+        stack.begin("1", loader=tiny.batches(2, seed=1))
         model.zero_grad()
         model(**tiny.batches(1, seed=1)[0], loss_scale=float("inf")).loss.backward()
         own = {name: mask & ~before[name] for name, mask in stack.masks.items()}
@@ -232,12 +233,12 @@ class Exactness(RecallCase):
     def test_without_the_guarantee_a_task_is_not_closed(self):
         model = tiny.plain()
         stack = recall_stack(model)
-        stack.begin(tiny.batches(2, seed=0))
+        stack.begin("0", loader=tiny.batches(2, seed=0))
         tiny.train(model, ADAMW(model.parameters()), tiny.batches(2, seed=0))
-        with self.assertRaisesRegex(LockedEntriesMoved, r"embed\.weight.*attach"):
-            stack.update()
+        with self.assertRaisesRegex(LockedWeightsMoved, r"embed\.weight.*attach"):
+            stack.close()
         stack.restore()
-        stack.update()
+        stack.close()
         self.assertEqual(stack.verify(), 0)
 
     def test_verify_counts(self):
@@ -250,7 +251,7 @@ class Exactness(RecallCase):
             with torch.no_grad():
                 value = model.get_parameter(name)[at]
                 value.copy_(torch.nextafter(value, torch.tensor(9.0)))
-            with self.assertRaisesRegex(LockedEntriesMoved, r"^1 .*blocks\.0\.mix \(1\)"):
+            with self.assertRaisesRegex(LockedWeightsMoved, r"^1 .*blocks\.0\.mix \(1\)"):
                 stack.verify()
             stack.restore()
             self.assertEqual(stack.verify(), 0)
@@ -271,9 +272,9 @@ class Exactness(RecallCase):
         stack.attach(optimizer)
         outputs, batch = [], tiny.batches(1, seed=9)[0]
         for task in range(2):
-            stack.begin(tiny.batches(2, seed=task))
+            stack.begin(str(task), loader=tiny.batches(2, seed=task))
             tiny.train(compiled, optimizer, tiny.batches(3, seed=task))
-            stack.update()
+            stack.close()
             self.after.append(backbone(model))
             compiled.eval()
             head = copy.deepcopy(model.classifier.state_dict())
@@ -281,7 +282,7 @@ class Exactness(RecallCase):
         self.assert_recalls(model, stack)
         for task, (head, logits) in enumerate(outputs):
             model.classifier.load_state_dict(head)
-            with stack.recall(task):
+            with stack.using(None if task is None else str(task)):
                 self.assertTrue(torch.equal(compiled(**batch).logits, logits))
 
 
@@ -290,10 +291,10 @@ class Blocks(RecallCase):
 
     def test_nesting(self):
         model, stack = self.trained()
-        with stack.recall(0):
-            with stack.recall(1):
-                with stack.recall(None):
-                    with stack.recall(1):
+        with stack.using("0"):
+            with stack.using("1"):
+                with stack.using(None):
+                    with stack.using("1"):
                         self.assert_bits(model, self.after[1])
                     self.assert_bits(model, self.base)
                 self.assert_bits(model, self.after[1])
@@ -302,7 +303,7 @@ class Blocks(RecallCase):
 
     def test_an_exception(self):
         model, stack = self.trained()
-        with self.assertRaisesRegex(KeyError, "mine"), stack.recall(0), stack.recall(None):
+        with self.assertRaisesRegex(KeyError, "mine"), stack.using("0"), stack.using(None):
             raise KeyError("mine")
         self.assert_bits(model, self.after[2])
         self.assertEqual(stack.verify(), 0)
@@ -312,23 +313,23 @@ class Blocks(RecallCase):
         model, stack = self.trained(tasks=2)
         optimizer = ADAMW(model.parameters())
         stack.attach(optimizer)
-        stack.begin(tiny.batches(2, seed=2))
+        stack.begin("2", loader=tiny.batches(2, seed=2))
         tiny.train(model, optimizer, tiny.batches(2, seed=2))
         present = backbone(model)
         self.assert_recalls(model, stack)
-        with stack.recall(0), stack.recall(None):
+        with stack.using("0"), stack.using(None):
             tiny.train(model, optimizer, tiny.batches(2, seed=3))
             self.assert_bits(model, self.base)
         self.assert_bits(model, present)
         tiny.train(model, optimizer, tiny.batches(2, seed=2))
-        stack.update()
+        stack.close()
         self.after.append(backbone(model))
         self.assertFalse(torch.equal(model.blocks[0].up.weight, present["blocks.0.up.weight"]))
         self.assert_recalls(model, stack)
 
     def test_the_model_it_gives(self):
         model, stack = self.trained(tasks=1)
-        with stack.recall(0) as shown:
+        with stack.using("0") as shown:
             self.assertIs(shown, model)
 
     def test_within_autocast_and_inference_mode(self):
@@ -337,26 +338,29 @@ class Blocks(RecallCase):
         model.eval()
         expected = []
         for task in range(3):
-            with stack.recall(task), torch.autocast("cpu", dtype=torch.bfloat16):
+            with (
+                stack.using(None if task is None else str(task)),
+                torch.autocast("cpu", dtype=torch.bfloat16),
+            ):
                 expected.append(model(**batch).logits.detach())
         self.assertFalse(torch.equal(expected[0], expected[1]))
         for mode in (torch.enable_grad, torch.inference_mode):
             with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
                 for task in (1, 0, 2):
-                    with stack.recall(task):
+                    with stack.using(None if task is None else str(task)):
                         self.assertTrue(torch.equal(model(**batch).logits, expected[task]))
         self.assert_recalls(model, stack)
 
     def test_the_order_of_things(self):
         model, stack = self.trained(tasks=1)
-        for task in (1, -1, "0", 0.5):
+        for task in (1, -1, 0, "1", 0.5):
             with self.subTest(task), self.assertRaisesRegex(ValueError, f"task is {task!r}"):
-                with stack.recall(task):
+                with stack.using(task):
                     self.fail("there is no such task")
-        with stack.recall(0):
+        with stack.using("0"):
             for call in (
-                lambda: stack.begin(tiny.batches(1, seed=0)),
-                stack.update,
+                lambda: stack.begin("a", loader=tiny.batches(1, seed=0)),
+                stack.close,
                 lambda: stack.load_state_dict(stack.state_dict()),
             ):
                 with self.assertRaisesRegex(RuntimeError, "leave the block first"):
@@ -365,46 +369,25 @@ class Blocks(RecallCase):
 
 
 class Order(RecallCase):
-    """Methods at the wrong time or in the wrong mode."""
+    """Methods at the wrong time."""
 
     def test_update_without_begin(self):
         stack = recall_stack()
         with self.assertRaisesRegex(RuntimeError, "no task is open.*begin"):
-            stack.update()
-        stack.begin(tiny.batches(2, seed=0))
-        stack.update()
+            stack.close()
+        stack.begin("0", loader=tiny.batches(2, seed=0))
+        stack.close()
         with self.assertRaisesRegex(RuntimeError, "no task is open"):
-            stack.update()
+            stack.close()
 
     def test_begin_twice(self):
         stack = recall_stack()
-        stack.begin(tiny.batches(2, seed=0))
+        stack.begin("0", loader=tiny.batches(2, seed=0))
         masks = dict(stack.masks)
-        with self.assertRaisesRegex(RuntimeError, r"task 0 is still open.*update"):
-            stack.begin(tiny.batches(2, seed=1))
+        with self.assertRaisesRegex(RuntimeError, r"task '0' is still open.*close"):
+            stack.begin("1", loader=tiny.batches(2, seed=1))
         for name, mask in masks.items():
             self.assertTrue(torch.equal(stack.masks[name], mask))
-
-    def test_update_with_a_loader(self):
-        stack = recall_stack()
-        stack.begin(tiny.batches(2, seed=0))
-        with self.assertRaisesRegex(ValueError, "takes no loader"):
-            stack.update(tiny.batches(2, seed=0))
-        stack.update()
-
-    def test_other_mode(self):
-        stack = BitStack(tiny.plain(), 0.2)
-        for name, call in {
-            "begin": lambda: stack.begin(tiny.batches(1, seed=0)),
-            "recall": lambda: stack.recall(0),
-            "export": lambda: stack.export(0),
-        }.items():
-            with self.subTest(name), self.assertRaisesRegex(RuntimeError, f"{name}.*recall"):
-                call()
-        with self.assertRaisesRegex((TypeError, ValueError), "loader"):
-            stack.update()
-        with self.assertRaisesRegex(ValueError, "recall.*protect"):
-            stack.load_state_dict(recall_stack().state_dict())
 
     def test_no_head(self):
         class Headless(tiny.Plain):
@@ -419,7 +402,7 @@ class Order(RecallCase):
     def test_a_cast(self):
         model, stack = self.trained(tasks=1)
         model.to(torch.bfloat16)
-        for call in (stack.verify, stack.restore, lambda: stack.recall(None).__enter__()):
+        for call in (stack.verify, stack.restore, lambda: stack.using(None).__enter__()):
             with self.assertRaisesRegex(RuntimeError, "bfloat16.*float32"):
                 call()
 
@@ -429,9 +412,9 @@ class Order(RecallCase):
         for call in (
             stack.verify,
             stack.restore,
-            lambda: stack.begin(tiny.batches(1, seed=0)),
-            lambda: stack.recall(0).__enter__(),
-            lambda: stack.export(0),
+            lambda: stack.begin("a", loader=tiny.batches(1, seed=0)),
+            lambda: stack.using("0").__enter__(),
+            lambda: stack.export("0"),
         ):
             with self.assertRaisesRegex(RuntimeError, r"embed\.weight"):
                 call()
@@ -446,15 +429,17 @@ class Budget(RecallCase):
                 budget = round(sparsity * stack.stats()["eligible"])
                 owned = 0
                 for task in range(fit):
-                    now = stack.begin(tiny.batches(3, seed=task), head_steps=0)["locked"]
+                    now = stack.begin(str(task), loader=tiny.batches(3, seed=task), head_steps=0)[
+                        "locked"
+                    ]
                     # Entries without a gradient are nobody's; rounding may cost the last task.
                     self.assertLessEqual(now - owned, budget)
                     self.assertGreaterEqual(now - owned, budget - 3)
                     owned = now
-                    stack.update()
+                    stack.close()
                 masks, values = dict(stack.masks), backbone(model)
                 with self.assertRaisesRegex(ValueError, rf"^{fit} tasks? fitted.*smaller"):
-                    stack.begin(tiny.batches(3, seed=9))
+                    stack.begin("9", loader=tiny.batches(3, seed=9))
                 self.assert_bits(model, values)
                 for name, mask in masks.items():
                     self.assertTrue(torch.equal(stack.masks[name], mask))
@@ -464,8 +449,10 @@ class Budget(RecallCase):
         stack = recall_stack(model, 0.05)
         loader = [{"x": torch.ones(1), "labels": torch.ones(1)}]
         for task in range(3):
-            self.assertEqual(stack.begin(loader, head_steps=0)["locked"], 10 * (task + 1))
-            stack.update()
+            self.assertEqual(
+                stack.begin(str(task), loader=loader, head_steps=0)["locked"], 10 * (task + 1)
+            )
+            stack.close()
 
     def test_sparsity_zero_trains_the_head_only(self):
         model, stack = self.trained(sparsity=0)
@@ -477,10 +464,10 @@ class Budget(RecallCase):
 
     def test_importance_chooses(self):
         chosen = []
-        for importance in IMPORTANCES["recall"]:
+        for importance in (*IMPORTANCES, RANDOM):
             model = tiny.plain()
             stack = recall_stack(model, 0.1, importance=importance)
-            stack.begin(tiny.batches(3, seed=0), head_steps=0)
+            stack.begin("0", loader=tiny.batches(3, seed=0), head_steps=0)
             chosen.append(torch.cat([mask.flatten() for mask in stack.masks.values()]))
         for other in chosen[1:]:
             self.assertFalse(torch.equal(chosen[0], other))
@@ -489,7 +476,7 @@ class Budget(RecallCase):
     def test_random_entries_are_alike_for_every_task(self):
         """Each task gets the same share of every parameter, but for chance."""
         _, stack = self.trained(sparsity=0.25, importance="random")
-        stack.begin(tiny.batches(2, seed=3), head_steps=0)
+        stack.begin("3", loader=tiny.batches(2, seed=3), head_steps=0)
         table, stats = stack.layer_table(), stack.stats()
         everything = min(stats["eligible"], 4 * round(0.25 * stats["eligible"]))
         self.assertEqual(stats["locked"], everything)
@@ -503,7 +490,7 @@ class Budget(RecallCase):
         for seed in range(2):
             stack = recall_stack(importance="random")
             torch.manual_seed(seed)
-            stack.begin(tiny.batches(2, seed=seed), n_batches=1 + seed)
+            stack.begin("a", loader=tiny.batches(2, seed=seed), n_batches=1 + seed)
             chosen.append(stack.masks)
         for name, mask in chosen[0].items():
             self.assertTrue(torch.equal(mask, chosen[1][name]), name)
@@ -516,7 +503,7 @@ class Budget(RecallCase):
 
     def test_layer_table(self):
         _, stack = self.trained()
-        stack.begin(tiny.batches(2, seed=3))
+        stack.begin("3", loader=tiny.batches(2, seed=3))
         table = stack.layer_table()
         per_task = round(0.2 * stack.stats()["eligible"])
         self.assertEqual(list(table.groupby("task")["added"].sum()), [per_task] * 4)
@@ -556,7 +543,7 @@ class Undisturbed(RecallCase):
         )
         before = self.state(model)
         self.assertIsNotNone(before["gradients"]["classifier.weight"])
-        stack.begin(loader)
+        stack.begin("later", loader=loader)
         self.assert_same(self.state(model), before)
 
     def test_a_head_that_becomes_nan(self):
@@ -566,9 +553,9 @@ class Undisturbed(RecallCase):
         stack = recall_stack(model, importance="random")
         before = tiny.snapshot(model)
         with self.assertRaisesRegex(ValueError, "head.*NaN.*float32"):
-            stack.begin([{**batch, "loss_scale": float("nan")}])
+            stack.begin("a", loader=[{**batch, "loss_scale": float("nan")}])
         self.assertFalse(any(c.any() for c in tiny.changed(model, before).values()))
-        stack.begin([batch])  # no task is open
+        stack.begin("a", loader=[batch])  # no task is open
 
     def test_a_head_in_half_precision_is_fitted(self):
         (batch,) = tiny.batches(1, seed=1)
@@ -576,7 +563,7 @@ class Undisturbed(RecallCase):
             with self.subTest(dtype):
                 model = tiny.plain().to(dtype).eval()
                 before = model(**batch).loss.item()
-                recall_stack(model, importance="random").begin([batch], head_steps=64)
+                recall_stack(model, importance="random").begin("a", loader=[batch], head_steps=64)
                 self.assertEqual(model.classifier.weight.dtype, dtype)
                 self.assertLess(model(**batch).loss.item(), before - 0.05)
 
@@ -600,7 +587,7 @@ class Undisturbed(RecallCase):
                 values, masks = tiny.snapshot(model), dict(stack.masks)
                 before = self.state(model)
                 with self.assertRaisesRegex((TypeError, ValueError), pattern):
-                    stack.begin(loader, **settings)
+                    stack.begin("2", loader=loader, **settings)
                 self.assert_same(self.state(model), before)
                 self.assertFalse(any(c.any() for c in tiny.changed(model, values).values()))
                 for parameter, mask in masks.items():

@@ -292,8 +292,6 @@ class Chosen(Case):
             with self.assertRaisesRegex(ValueError, "blocks.0.up.bias"):
                 stack.lock(chosen)
         self.assertEqual(stack.stats()["locked"], 0)
-        with self.assertRaisesRegex(RuntimeError, "protect"):
-            BitStack(tiny.plain(), mode="recall").lock(masks)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from bitstack_nb import BitStack, select
+from bitstack_nb.guard import LockedWeightsMoved
 from bitstack_nb.importance import draw
-from bitstack_nb.stack import LockedEntriesMoved
 
 
 class TwoMillion(nn.Module):
@@ -76,7 +76,7 @@ class RoundTrip(FileCase):
         self.assertFalse(any(c.any() for c in tiny.changed(other, before).values()))
         with torch.no_grad():
             other.blocks[0].up.weight.add_(1.0)
-        with self.assertRaises(LockedEntriesMoved):
+        with self.assertRaises(LockedWeightsMoved):
             loaded.verify()
         loaded.restore()
         mask = stack.masks["blocks.0.up.weight"]

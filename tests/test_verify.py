@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD
 
 from bitstack_nb import BitStack
-from bitstack_nb.stack import LockedEntriesMoved
+from bitstack_nb.guard import LockedWeightsMoved
 
 
 class Verify(LockedCase):
@@ -29,7 +29,7 @@ class Verify(LockedCase):
                     self.nudge(model, stack, name, toward)
                     moved = tiny.snapshot(model)
                     with self.assertRaisesRegex(
-                        LockedEntriesMoved, name.replace(".", r"\.")
+                        LockedWeightsMoved, name.replace(".", r"\.")
                     ) as raised:
                         stack.verify()
                     self.assertRegex(str(raised.exception), r"\b1\b")
@@ -42,7 +42,7 @@ class Verify(LockedCase):
         before = tiny.snapshot(model)
         for name in ("blocks.0.up.weight", "blocks.1.mix"):
             self.nudge(model, stack, name)
-        with self.assertRaises(LockedEntriesMoved) as raised:
+        with self.assertRaises(LockedWeightsMoved) as raised:
             stack.verify()
         for part in (r"\b2\b", r"blocks\.0\.up\.weight", r"blocks\.1\.mix"):
             self.assertRegex(str(raised.exception), part)
@@ -62,7 +62,7 @@ class Verify(LockedCase):
             with self.subTest(value):
                 with torch.no_grad():
                     weight[0] = value
-                with self.assertRaises(LockedEntriesMoved):
+                with self.assertRaises(LockedWeightsMoved):
                     stack.verify()
                 stack.restore()
                 self.assertFalse(
@@ -88,7 +88,7 @@ class Verify(LockedCase):
         with torch.no_grad():
             model.blocks[0].up.weight.add_(1e-3)
         stack.update(tiny.batches(2, seed=1))
-        with self.assertRaises(LockedEntriesMoved):
+        with self.assertRaises(LockedWeightsMoved):
             stack.verify()
         stack.restore()
         for name, mask in masks.items():
@@ -138,7 +138,7 @@ class Attaching(LockedCase):
         tiny.train(model, optimizer, tiny.batches(2, seed=7))
         try:
             stack.verify()
-        except LockedEntriesMoved:
+        except LockedWeightsMoved:
             stack.restore()
             return True
         return False

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from bitstack_nb.data.tasks import EVALUATIONS, FIVE_TASKS, SAMPLINGS, Task, find_task
-from bitstack_nb.importance import RANDOM
-from bitstack_nb.settings import CONTROLS, check_settings
+from bitstack_nb.settings import CONTROLS, IMPORTANCES, RANDOM, check_settings
 
 STRATEGIES = (
     "finetune",
@@ -176,8 +175,9 @@ class Protocol:
         """Raise a ValueError for a setting that means something to the strategy and is wrong."""
         own = self._own_settings()
         if "sparsity" in own:
-            mode = {"budget": self.budget} if "budget" in own else {"mode": "recall"}
-            check_settings(self.sparsity, importance=self.importance or "gradient", **mode)
+            known = IMPORTANCES if "budget" in own else (*IMPORTANCES, RANDOM)
+            budget, importance = self.budget or "union", self.importance or "gradient"
+            check_settings(self.sparsity, budget=budget, importance=importance, importances=known)
         if self.strategy == "recall" and self.sparsity * len(self.tasks) > 1 + 1e-9:
             raise ValueError(
                 f"sparsity is {self.sparsity:g}, but {len(self.tasks)} tasks have room in one set "

@@ -18,6 +18,7 @@ from torch import nn
 
 from bitstack_nb.cost.plain_masks import PlainMasks
 from bitstack_nb.eligible import eligible_parameters
+from bitstack_nb.recall import ExactRecall
 from bitstack_nb.select import kth_largest
 from bitstack_nb.stack import BitStack
 
@@ -164,10 +165,11 @@ def update(model: nn.Module, *, n_batches: int = 4, rounds: int = 7, plainly: bo
 
 def recall_switch(model: nn.Module, *, tasks: int = 5, rounds: int = 9) -> Times:
     """One switch of the model to another task (``ours``), and ``base``: a forward pass."""
-    stack = BitStack(model.eval(), SPARSITY, mode="recall")
+    recall = ExactRecall(model.eval(), SPARSITY, importance="gradient")
     for task in range(tasks):
-        stack.begin([random_batch(model, seed=task)], n_batches=1, head_steps=0)
-        stack.update()
+        batches = [random_batch(model, seed=task)]
+        recall.begin(str(task), loader=batches, n_batches=1, head_steps=0)
+        recall.close()
     batch = random_batch(model, seed=100)
 
     @torch.no_grad()
@@ -175,7 +177,7 @@ def recall_switch(model: nn.Module, *, tasks: int = 5, rounds: int = 9) -> Times
         model(**batch)
 
     def there_and_back() -> None:
-        with stack.recall(0):
+        with recall.using("0"):
             pass
 
     works = {"base": Work(forward), "ours": Work(there_and_back)}

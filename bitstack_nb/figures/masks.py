@@ -13,8 +13,8 @@ from matplotlib.patches import Patch
 from bitstack_nb.figures.lock_view import LockView, size
 from bitstack_nb.figures.locks import OUTSIDE, layer_table, short_names
 from bitstack_nb.figures.style import SHARES, Figure, described, styled, titled
+from bitstack_nb.recall import ExactRecall
 from bitstack_nb.results.result import Result, ResultError
-from bitstack_nb.stack import BitStack
 
 
 @styled
@@ -92,7 +92,7 @@ def ownership(locks: Result | pd.DataFrame) -> Figure:
     """Whose the eligible entries are, in %: a bar per layer, and one per module of the layers.
 
     Args:
-        locks: a result of strategy ``recall``, or the ``BitStack.layer_table()`` of such a stack.
+        locks: a result of strategy ``recall``, or ``ExactRecall.layer_table()``.
 
     The row "other" is what lies outside the layers. Raises ResultError where there are no locks.
     """
@@ -134,20 +134,19 @@ def _per_task(table: pd.DataFrame, what: str) -> pd.DataFrame:
 
 
 @styled
-def owned_entries(stack: BitStack, name: str, *, size: int = 96) -> Figure:
-    """The owners of a matrix's first entries, one square each; white is nobody's.
+def owned_entries(recall: ExactRecall, name: str, *, size: int = 96) -> Figure:
+    """The owners of a matrix's first weights, one square each; white is nobody's.
 
     Args:
-        stack: of mode ``recall``.
-        name: of a parameter with two dimensions, as in ``stack.owners``.
+        recall: with closed tasks.
+        name: of a parameter with two dimensions, as in ``recall.mask(task)``.
         size: rows and columns that are shown at most.
     """
-    owners = stack.owners[name]
-    if owners.ndim != 2:
-        raise ValueError(f"{name} has shape {tuple(owners.shape)}, expected two dimensions")
-    shown = owners[:size, :size].cpu().numpy()
-    # Whoever owns nothing in the part that is shown is in the legend too.
-    tasks = int(max(own.max() for own in stack.owners.values()))
+    masks = [recall.mask(task)[name].cpu().numpy() for task in recall.names]
+    if any(mask.ndim != 2 for mask in masks):
+        raise ValueError(f"{name} has shape {masks[0].shape}, expected two dimensions")
+    shown = sum(number * mask[:size, :size] for number, mask in enumerate(masks, start=1))
+    tasks = len(masks)
     colours = ListedColormap(["white", *SHARES(np.linspace(0.2, 0.95, max(tasks, 1)))])
     figure = Figure(1.4 + 4 * min(1.0, shown.shape[0] / shown.shape[1]))
     ax = figure.subplots()

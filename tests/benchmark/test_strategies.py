@@ -8,7 +8,7 @@ import tiny
 import torch
 from datasets import Dataset
 
-from bitstack_nb import BitStack, Protocol
+from bitstack_nb import ExactRecall, Protocol
 from bitstack_nb.benchmark.strategies import STRATEGIES
 from bitstack_nb.benchmark.strategies.rivals import kept_rows, single_examples
 from bitstack_nb.benchmark.strategies.stacked import small_parameters
@@ -112,8 +112,8 @@ def test_a_head_is_fitted_as_exact_recall_fits_it():
     base, head = backbone(model), tiny.snapshot(model.classifier)
     fit_head(model, batches, steps=4)
     assert same(base, backbone(model)) and not same(head, tiny.snapshot(model.classifier))
-    recall = BitStack(tiny.bert(), 0.2, mode="recall")
-    recall.begin(batches, head_steps=4)
+    recall = ExactRecall(tiny.bert(), 0.2)
+    recall.begin("a", loader=batches, head_steps=4)
     assert same(tiny.snapshot(model.classifier), tiny.snapshot(recall.export(None).classifier))
 
 

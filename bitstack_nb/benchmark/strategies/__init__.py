@@ -5,10 +5,10 @@ from __future__ import annotations
 from bitstack_nb.benchmark.strategies.finetune import FineTune, Joint
 from bitstack_nb.benchmark.strategies.rivals import Adapters, Elastic, Frozen, Replay, Single
 from bitstack_nb.benchmark.strategies.stacked import (
-    ExactRecall,
     MagnitudeMask,
     Masked,
     RandomMask,
+    Recall,
     Strict,
 )
 
@@ -18,7 +18,7 @@ STRATEGIES: dict[str, type[FineTune]] = {
     "bitstack-strict": Strict,
     "random-mask": RandomMask,
     "magnitude-mask": MagnitudeMask,
-    "recall": ExactRecall,
+    "recall": Recall,
     "frozen": Frozen,
     "ewc": Elastic,
     "replay": Replay,

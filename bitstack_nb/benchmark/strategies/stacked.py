@@ -1,4 +1,4 @@
-"""The strategies that lock: BitStack in its two modes, a stricter one, and the random controls."""
+"""The strategies that lock: BitStack, a stricter one, the controls, and exact recall."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from bitstack_nb import maskfile as storage
+from bitstack_nb import maskfile
 from bitstack_nb.benchmark.curves import CurveRecorder
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.strategies.finetune import FineTune, n_bytes
 from bitstack_nb.fitting import HEAD_STEPS
 from bitstack_nb.importance import draw
+from bitstack_nb.recall import ExactRecall
 from bitstack_nb.select import top_masks
 from bitstack_nb.stack import BitStack
 
@@ -31,7 +32,7 @@ class _Stacked(FineTune):
         self._settings = {"importance": protocol.importance or "gradient", **settings}
         self._stack = self._new_stack()
 
-    def _new_stack(self) -> BitStack:
+    def _new_stack(self) -> BitStack | ExactRecall:
         return BitStack(self.model, self.protocol.sparsity, **self._settings)
 
     @staticmethod
@@ -174,13 +175,13 @@ class MagnitudeMask(_Control):
         return {name: weights[name].detach().abs().float() for name in self._stack.masks}
 
 
-class ExactRecall(_Stacked):
-    """BitStack's mode recall: each task trains entries of its own on the base, and forgets none."""
+class Recall(_Stacked):
+    """Exact recall: each task trains weights of its own on the base, and forgets none."""
 
     drifts = False
 
-    def __init__(self, model: nn.Module, protocol: Protocol) -> None:
-        super().__init__(model, protocol, mode="recall")
+    def _new_stack(self) -> ExactRecall:
+        return ExactRecall(self.model, self.protocol.sparsity, **self._settings)
 
     @staticmethod
     def further_batches(protocol: Protocol) -> dict[str, int]:
@@ -188,19 +189,23 @@ class ExactRecall(_Stacked):
         return {"measure": protocol.n_batches or 0, "fit": HEAD_STEPS}
 
     def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
-        """Choose the task's entries."""
-        self._stack.begin(loader, n_batches=self.protocol.n_batches or 1)
+        """Choose the task's weights."""
+        self._stack.begin(str(number), loader=loader, n_batches=self.protocol.n_batches or 1)
 
     def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
         """Close the task."""
-        self._stack.update()
+        self._stack.close()
 
     def model_of(self, task: int) -> AbstractContextManager[nn.Module]:
         """The task's own model, whatever came after it."""
-        return self._stack.recall(task)
+        return self._stack.using(str(task))
 
     def storage(self, data: Sequence[Dataset]) -> int:
         """Which entry is whose, as it is stored, and the tasks' values."""
         state = self._stack.state_dict()
         values = [own for task in state["values"] for own in task.values()]
-        return n_bytes([storage.packed_owners(state), *values])
+        return n_bytes([maskfile.packed_owners(state), *values])
+
+    def load(self, folder: Path) -> None:
+        """The counterpart of :meth:`save`; the hooks are back too."""
+        self._stack = ExactRecall.load(folder / "masks.safetensors", self.model)

@@ -24,6 +24,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +198,10 @@ def _check_padding(name: str, packed: torch.Tensor, shape: list[int]) -> None:
         raise ValueError(f"the mask of {name} has bits beyond its end")
 
 
-def _check_tasks(name: str, tasks: list[list[int]], locked: int) -> None:
+def _check_tasks(name: str, tasks: list[list[int]], *, locked: int, size: int) -> None:
     """A task adds no more than it selects, and all of them together what is locked."""
-    if sum(added for _, added in tasks) != locked or any(not 0 <= a <= s for s, a in tasks):
+    possible = all(0 <= added <= selected <= size for selected, added in tasks)
+    if not possible or sum(added for _, added in tasks) != locked:
         raise ValueError(f"the tasks' counts for {name} are not those of its {locked} locked")
 
 
@@ -217,7 +219,8 @@ def _protect_state(
     ]
     counts = {name: bits.count(own) for name, own in packed.items()}
     for name, own in counts.items():
-        _check_tasks(name, [task[name] for task in tasks], own)
+        size = prod(parameters[name]["shape"])
+        _check_tasks(name, [task[name] for task in tasks], locked=own, size=size)
     has_values = json.loads(metadata["values"])
     return {
         "settings": dict(json.loads(metadata["settings"])),

@@ -19,7 +19,8 @@ from bitstack_nb.figures.lock_picture import LockPicture
 from bitstack_nb.figures.lock_view import TOGETHER, LockView
 from bitstack_nb.notebook.retrain import Retraining, stop_running
 from bitstack_nb.results.result import Result
-from bitstack_nb.stack import BUDGETS, BitStack
+from bitstack_nb.settings import BUDGETS
+from bitstack_nb.stack import BitStack
 
 
 def explore(

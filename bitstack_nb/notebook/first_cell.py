@@ -1,4 +1,4 @@
-"""What the notebooks' first cell asks: which packages are missing, and what it runs on."""
+"""The notebooks' first cells: missing packages, this machine, the folder for results."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[2]
-# Colab's own builds fit its driver and each other: pip may not replace them.
-_HELD = ("torch", "numpy")
+# pip may not replace these: Colab's builds fit its driver and each other.
+_KEPT = ("torch", "numpy")
 
 
 def to_install() -> str:
-    """What pip has to be given so that the notebooks run; empty if nothing is missing.
+    """The packages that pip has to install for the notebooks; empty if none is missing.
 
-    Missing dependencies by name: what is there stays as it is. With them go the installed versions
-    of torch and numpy, so that pip does not replace these for the sake of a new package.
+    Installed packages stay as they are. The versions of torch and numpy are in the text too, so
+    that pip does not replace them for a new package.
     """
     missing = _missing_packages()
-    return " ".join(missing and [*missing, *(f"{name}=={version(name)}" for name in _HELD)])
+    return " ".join(missing and [*missing, *(f"{name}=={version(name)}" for name in _KEPT)])
 
 
 def describe() -> str:
     """Device, versions and preset of this process, a line each.
 
-    With a GPU and no ``BITSTACK_PRESET`` each notebook chooses its own, in the cell after this.
+    With a GPU and without ``BITSTACK_PRESET`` each notebook chooses its own preset.
 
     Raises:
-        ImportError: a package is missing. ``%pip`` only prints that it failed.
+        ImportError: a package is missing. ``%pip`` prints that it failed, but raises nothing.
     """
     if missing := _missing_packages():
         raise ImportError(
             f"these packages are missing: {', '.join(missing)}. Install them with pip, then run "
             "this cell again"
         )
-    # Only now: they import what may have been missing.
+    # These modules import the packages that may have been missing.
     from bitstack_nb.benchmark.protocol import PRESETS, default_preset
     from bitstack_nb.results.provenance import provenance
 
@@ -54,22 +54,23 @@ def describe() -> str:
 
 
 def _missing_packages() -> list[str]:
-    """Dependencies named in ``pyproject.toml`` that cannot be imported."""
-    project = tomllib.loads((_ROOT / "pyproject.toml").read_text())
-    names = [re.match(r"\w+", need)[0] for need in project["project"]["dependencies"]]
+    """The needs of the package and of its extra ``notebooks`` that cannot be imported."""
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+    needs = [*project["dependencies"], *project["optional-dependencies"]["notebooks"]]
+    names = [re.match(r"\w+", need)[0] for need in needs]
     return [name for name in names if not find_spec(name)]
 
 
 def report(checks: Mapping[str, bool]) -> str:
     """A line with PASS or FAIL per check, and one for all."""
-    lines = [f"{'PASS' if passed else 'FAIL'}  {what}" for what, passed in checks.items()]
+    lines = [f"{'PASS' if passed else 'FAIL'}  {text}" for text, passed in checks.items()]
     failed = sum(not passed for passed in checks.values())
-    all_of_them = f"{failed} of {len(checks)} checks failed" if failed else "all checks passed"
-    return "\n".join([*lines, f"\n{'FAIL' if failed else 'PASS'}: {all_of_them}"])
+    total = f"{failed} of {len(checks)} checks failed" if failed else "all checks passed"
+    return "\n".join([*lines, f"\n{'FAIL' if failed else 'PASS'}: {total}"])
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: ``40 s``, ``3 min``, ``1 h 20 min``."""
+    """Seconds in words: ``40 s``, ``3 min``, ``1 h 20 min``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -77,14 +78,14 @@ def duration(seconds: float) -> str:
 
 
 def default_output() -> str:
-    """Where the notebooks keep runs: ``BITSTACK_OUTPUT``, else ``results/runs`` in the checkout."""
+    """The notebooks' folder for runs: ``BITSTACK_OUTPUT``, else ``results/runs`` in the clone."""
     return os.environ.get("BITSTACK_OUTPUT") or str(_ROOT / "results" / "runs")
 
 
 def output_folder(path: str) -> Path:
-    """The folder for results; one under ``/content/drive`` mounts Google Drive on Colab first."""
+    """The folder for results, made if missing; on Colab a folder on Google Drive is mounted."""
     if path.startswith("/content/drive/") and not Path("/content/drive/MyDrive").is_dir():
-        from google.colab import drive  # only there, and asks for permission
+        from google.colab import drive  # exists on Colab only, and asks the user for permission
 
         drive.mount("/content/drive")
     folder = Path(path)

@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = attach(
         "task_overlap": "masks",
         "owned_entries": "masks",
         "ownership": "masks",
+        "mechanism": "picture",
         "summary": "reports",
         "write_figures": "figures",
     },

@@ -1,4 +1,7 @@
-"""The picture of both methods: base, locked or own weights, heads."""
+"""The picture of both methods: base, locked or own weights, heads.
+
+``docs/mechanism.png`` in the README holds ``png(mechanism(), dpi=130)``.
+"""
 
 from __future__ import annotations
 

@@ -4,18 +4,22 @@ import unittest
 from collections.abc import Mapping
 from types import SimpleNamespace
 
-import reference
 import tiny
 import torch
 from torch import nn
 
 from bitstack_nb import BitStack
+from bitstack_nb.reference import PlainBitStack
 
 COLUMNS = ["layer", "module", "task", "eligible", "selected", "added", "locked", "lock_fraction"]
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def eligible(model: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
+    return {name: model.get_parameter(name) for name in names}
 
 
 class Case(unittest.TestCase):
@@ -43,13 +47,16 @@ class AgainstReference(Case):
         model, plain_model = build(), build()
         names = tiny.expected_eligible(architecture, model)
         stack = BitStack(model, sparsity, budget=budget)
-        plain = reference.Reference(plain_model, names, sparsity=sparsity, budget=budget)
+        plain = PlainBitStack(
+            plain_model, eligible(plain_model, names), sparsity=sparsity, budget=budget
+        )
         optimizer, plain_optimizer = adamw(model), adamw(plain_model)
         stack.attach(optimizer)
+        plain.attach(plain_optimizer)
         for task in range(3):
             loader = tiny.batches(3, seed=task)
             tiny.train(model, optimizer, loader, seed=task)
-            plain.train(plain_optimizer, loader, seed=task)
+            tiny.train(plain_model, plain_optimizer, loader, seed=task)
             stack.update(loader)
             plain.update(loader)
             self.assert_same_masks(stack.masks, plain.masks)
@@ -77,7 +84,7 @@ class AgainstReference(Case):
     def reference(self, model, sparsity):
         copy = tiny.unhooked_copy(model)
         names = tiny.expected_eligible("plain", copy)
-        return reference.Reference(copy, names, sparsity=sparsity, budget="union")
+        return PlainBitStack(copy, eligible(copy, names), sparsity=sparsity)
 
     def test_dropout_off_and_float32_whatever_the_surroundings(self):
         loader = tiny.batches(2, seed=1)
@@ -172,7 +179,7 @@ class Selection(Case):
         stack = BitStack(model, 0.2)
         self.assertEqual(list(stack.masks), names)
         plain_model = tied()
-        plain = reference.Reference(plain_model, names, sparsity=0.2, budget="union")
+        plain = PlainBitStack(plain_model, eligible(plain_model, names), sparsity=0.2)
         numbers = stack.update(tiny.batches(2, seed=0))
         plain.update(tiny.batches(2, seed=0))
         self.assert_same_masks(stack.masks, plain.masks)

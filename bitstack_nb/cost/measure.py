@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitstack_nb.cost.plain_masks import PlainMasks
 from bitstack_nb.eligible import eligible_parameters
 from bitstack_nb.recall import ExactRecall
+from bitstack_nb.reference import PlainBitStack
 from bitstack_nb.select import kth_largest
 from bitstack_nb.stack import BitStack
 
@@ -126,15 +126,15 @@ def training_step(
 
     works = {"base": Work(step), "ours": Work(step, lambda: _attached(stack, optimizer))}
     if plainly:
-        plain = PlainMasks(model, eligible_parameters(model, None), sparsity=SPARSITY)
+        plain = PlainBitStack(model, eligible_parameters(model, None), sparsity=SPARSITY)
         plain.masks = dict(stack.masks)
-        plain.saved = {n: p.detach().clone() for n, p in plain.parameters.items()}
+        plain.values = {n: p.detach().clone() for n, p in plain.parameters.items()}
         works["plain"] = Work(step, lambda: _attached(plain, optimizer))
     return take_turns(works, rounds=rounds, device=model.device)
 
 
 @contextmanager
-def _attached(masks: BitStack | PlainMasks, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def _attached(masks: BitStack | PlainBitStack, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     masks.attach(optimizer)
     yield
     masks.detach()
@@ -155,7 +155,7 @@ def update(model: nn.Module, *, n_batches: int = 4, rounds: int = 7, plainly: bo
         BitStack(model, SPARSITY).update(batches, n_batches=n_batches)
 
     def plain() -> None:
-        PlainMasks(model, eligible_parameters(model, None), sparsity=SPARSITY).update(batches)
+        PlainBitStack(model, eligible_parameters(model, None), sparsity=SPARSITY).update(batches)
 
     works = {"base": Work(passes), "ours": Work(ours)}
     if plainly:

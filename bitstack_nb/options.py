@@ -8,7 +8,8 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from bitstack_nb.benchmark.protocol import OWN_SETTINGS, PRESETS, STRATEGIES, Protocol
+from bitstack_nb.benchmark.protocol import PRESETS, Protocol
+from bitstack_nb.benchmark.strategies import all_strategies, strategy_names
 from bitstack_nb.benchmark.sweeps import BACKENDS
 from bitstack_nb.data.tasks import (
     AG_NEWS_BINARY,
@@ -58,7 +59,7 @@ def _drawn(seed: int, options: argparse.Namespace) -> Protocol:
 
 
 def _variants(base: Protocol, strategy: str, options: argparse.Namespace) -> list[Protocol]:
-    names = [name for name in _CHOICES if name in OWN_SETTINGS.get(strategy, ())]
+    names = [name for name in _CHOICES if name in all_strategies()[strategy].settings]
     return [
         base.with_strategy(strategy, **dict(zip(names, values, strict=True)))
         for values in product(*(getattr(options, name) for name in names))
@@ -187,7 +188,12 @@ def _add_command(
     if "tasks" not in defaults:
         text = f"in training order: {known}, some labels of one as dbpedia_2-3, or five or twenty"
         add("--tasks", type=_tasks, metavar="A,B", help=text)
-    add("--strategy", type=_list(_one_of(STRATEGIES)), metavar="A,B", help=", ".join(STRATEGIES))
+    add(
+        "--strategy",
+        type=_list(_one_of(strategy_names())),
+        metavar="A,B",
+        help=", ".join(strategy_names()),
+    )
     for name, (kind, default, text) in _CHOICES.items():
         option = f"--{name.replace('_', '-')}"
         add(option, type=_list(kind), default=[default], metavar="X,X", help=text)

@@ -8,6 +8,8 @@ __getattr__, __dir__, __all__ = attach(
         "Protocol": "protocol",
         "PRESETS": "protocol",
         "default_preset": "protocol",
+        "all_strategies": "strategies",
+        "strategy_names": "strategies",
         "run": "runner",
         "estimate": "estimates",
         "sweep": "sweeps",

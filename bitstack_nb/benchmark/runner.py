@@ -16,7 +16,7 @@ from bitstack_nb import ranks
 from bitstack_nb.benchmark import stages
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.sequence import TaskSequence
-from bitstack_nb.benchmark.strategies import STRATEGIES
+from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.benchmark.training import find_device, join_ranks
 from bitstack_nb.results.result import Result
 from bitstack_nb.rng import undisturbed_rng
@@ -77,5 +77,5 @@ def finished_stages(protocol: Protocol, output: str | os.PathLike[str]) -> int:
     """Stages that ``run`` would not repeat: all of a finished run, those a broken one saved."""
     path = Path(output) / f"{protocol.name}.json"
     if path.exists():
-        return len(STRATEGIES[protocol.strategy].stages(len(protocol.tasks)))
+        return len(all_strategies()[protocol.strategy].stages(len(protocol.tasks)))
     return max(stages.saved_stages(path.with_suffix(".state")), default=0)

@@ -29,7 +29,7 @@ from bitstack_nb.benchmark import drift, stages
 from bitstack_nb.benchmark.heads import Heads
 from bitstack_nb.benchmark.inputs import load_inputs
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.benchmark.strategies import STRATEGIES
+from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.benchmark.training import MultiHead, ProgressBar, accuracy, mixed, train
 from bitstack_nb.fitting import fit_head
 from bitstack_nb.maskfile import MaskFileError
@@ -61,7 +61,7 @@ class TaskSequence:
         self.heads = Heads(self.model, seed=protocol.seed)
         for task in protocol.tasks:
             self.heads.add(task.name, task.num_labels)
-        self.strategy = STRATEGIES[protocol.strategy](self.model, protocol)
+        self.strategy = all_strategies()[protocol.strategy](self.model, protocol)
         self.stages = self.strategy.stages(len(self.tasks))
         self.first: dict[str, torch.Tensor] = {}  # the backbone after the first stage
         self.numbers: dict[str, Any] = {

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bitstack_nb.benchmark.protocol import OWN_SETTINGS
 from bitstack_nb.results.plain_json import canonical
 from bitstack_nb.results.result import Result, ResultError
 from bitstack_nb.results.tables import column_value, configurations, mean_and_half
@@ -45,7 +44,11 @@ def _comparable(result: Result, other: Result, strategy: str) -> bool:
     """Whether a run is of the strategy, and agrees in all but _TUNED, seed and order of tasks."""
     if other.protocol["strategy"] != strategy:
         return False
-    own, others = ({*OWN_SETTINGS.get(r.protocol["strategy"], ())} for r in (result, other))
+    from bitstack_nb.benchmark.strategies import all_strategies
+
+    known = all_strategies()
+    names = (r.protocol["strategy"] for r in (result, other))
+    own, others = ({*known[name].settings} if name in known else set() for name in names)
     left_out = {"strategy", *_TUNED, *_DRAW, *(own ^ others)}
     settings = [
         {k: v for k, v in r.protocol.items() if k not in left_out and v is not None}

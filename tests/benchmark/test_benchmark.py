@@ -18,8 +18,7 @@ from bitstack_nb import Protocol, Result, Task, load_results, run, stack
 from bitstack_nb.benchmark import sequence, training
 from bitstack_nb.benchmark.heads import Heads
 from bitstack_nb.benchmark.inputs import load_inputs
-from bitstack_nb.benchmark.protocol import STRATEGIES as PROTOCOL_STRATEGIES
-from bitstack_nb.benchmark.strategies import STRATEGIES as STRATEGY_CLASSES
+from bitstack_nb.benchmark.strategies import all_strategies, strategy_names
 from bitstack_nb.benchmark.training import MultiHead, accuracy
 from bitstack_nb.data.backbones import collate, encode, load_backbone
 from bitstack_nb.data.loading import load_task
@@ -370,8 +369,8 @@ def stop_in_stage(number, protocol, folder, monkeypatch):
     return folder / f"{protocol.name}.state"
 
 
-def test_protocol_and_strategies_know_the_same_names():
-    assert set(PROTOCOL_STRATEGIES) == STRATEGY_CLASSES.keys()
+def test_a_strategys_file_has_its_name():
+    assert strategy_names() == sorted(all_strategies()) == sorted(STRATEGIES)
 
 
 def test_the_heads_have_a_rate_of_their_own(tmp_path, monkeypatch):

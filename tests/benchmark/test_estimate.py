@@ -1,57 +1,76 @@
-"""The estimate of a run's time: proportional to what is left, and no trace of the measuring."""
+"""The estimate of a run's time: what it counts, and that the measuring leaves no trace."""
 
 import random
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bitstack_nb import Protocol, run
-from bitstack_nb.benchmark import runner as benchmark
+from bitstack_nb import Protocol, Result, run
+from bitstack_nb.benchmark import drift, estimates, runner
 from bitstack_nb.benchmark.estimates import estimate
 
 SMALL = Protocol(tasks=("imdb", "ag_news"), train_size=160, test_size=56, max_length=24, epochs=1)
+COSTS = ("step", "batch", "measure", "stage", "task")
 
 
-def test_it_is_of_the_order_of_the_run_itself(tmp_path):
-    protocol = replace(SMALL, epochs=8)
-    expected = estimate([protocol], output=tmp_path)
-    start = time.perf_counter()
-    run(protocol, output=tmp_path)
-    # A shared machine may pause for either of the two; a wrong count of batches is off by more.
-    assert expected / 5 < time.perf_counter() - start < 10 * expected
+def counted(protocol, folder, monkeypatch) -> dict[str, float]:
+    """How often an estimate counts each cost."""
+    found = {}
+    for cost in COSTS:
+        seconds = {name: float(name == cost) for name in COSTS}
+        with monkeypatch.context() as patch:
+            patch.setattr(estimates, "_costs", lambda sequence, own=seconds: own)
+            found[cost] = estimate([protocol], output=folder)
+    return found
 
 
-def test_more_work_takes_longer_and_finished_work_none(tmp_path):
-    one = estimate([SMALL], output=tmp_path)
-    many = estimate([replace(SMALL, seed=seed) for seed in range(20)], output=tmp_path)
-    assert many > 5 * one > 0
-    run(SMALL, output=tmp_path)
-    assert estimate([SMALL], output=tmp_path) == 0
+def test_it_counts_steps_batches_and_measuring(tmp_path, monkeypatch):
+    found = counted(replace(SMALL, epochs=2), tmp_path, monkeypatch)
+    groups = sum(
+        kind in ("embeddings", "norms", "biases", "attention", "MLP") for kind in drift.KINDS
+    )
+    evaluations = 1 + 2 + groups  # after each task, and for the drift; 56 texts are one batch
+    assert found == {
+        "step": 40,
+        "batch": evaluations,
+        "measure": 2,
+        "stage": 2,
+        "task": evaluations,
+    }
+    few, many = (SMALL.with_strategy("bitstack", n_batches=n) for n in (1, 1000))
+    assert counted(few, tmp_path, monkeypatch)["measure"] == 2
+    # As many batches as the task has, of which six were timed.
+    assert counted(many, tmp_path, monkeypatch)["measure"] == pytest.approx(2 * 10 / 6)
 
 
-@pytest.mark.parametrize("strategy", ["bitstack", "recall", "ewc"])
-def test_what_a_strategy_does_besides_training_counts(tmp_path, strategy):
-    few, many = (SMALL.with_strategy(strategy, n_batches=n) for n in (1, 1000))
-    assert estimate([many], output=tmp_path) > 5 * estimate([few], output=tmp_path)
-
-
-def test_stages_that_a_broken_run_saved_do_not_count(tmp_path, monkeypatch):
-    def broken(*_, **__):
-        raise KeyboardInterrupt
-
-    assert benchmark.finished_stages(SMALL, tmp_path) == 0
-    monkeypatch.setattr(benchmark.Result, "save", broken)
-    with pytest.raises(KeyboardInterrupt):
-        run(SMALL, output=tmp_path)
-    assert benchmark.finished_stages(SMALL, tmp_path) == 2
-    assert estimate([SMALL], output=tmp_path) == 0
-
-
-def test_measuring_leaves_the_random_state_and_the_folder_alone(tmp_path):
+@pytest.mark.parametrize("strategy", ["bitstack", "recall", "ewc", "lora", "joint"])
+def test_every_cost_is_timed(tmp_path, monkeypatch, strategy):
+    """And nothing is left of it: neither in the random state nor in the folder."""
     torch_state, python_state = torch.get_rng_state(), random.getstate()
-    estimate([SMALL.with_strategy("bitstack")], output=tmp_path / "none")
+    seen, real = [], estimates._costs
+    monkeypatch.setattr(
+        estimates, "_costs", lambda sequence: seen.append(real(sequence)) or seen[-1]
+    )
+    settings = {"n_batches": 2} if strategy in ("bitstack", "ewc") else {}
+    several = replace(SMALL, test_size=140)  # batches of evaluation
+    assert estimate([several.with_strategy(strategy, **settings)], output=tmp_path / "none") > 0
+    assert seen[0].keys() == set(COSTS)
+    assert all(seen[0][name] > 0 for name in ("step", "batch", "measure", "stage")), seen
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert random.getstate() == python_state
     assert list(tmp_path.iterdir()) == []
+
+
+def test_finished_stages_do_not_count(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise KeyboardInterrupt
+
+    assert runner.finished_stages(SMALL, tmp_path) == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Result, "save", broken)
+        run(SMALL, output=tmp_path)
+    assert runner.finished_stages(SMALL, tmp_path) == 2
+    assert estimate([SMALL], output=tmp_path) == 0
+    run(SMALL, output=tmp_path)
+    assert estimate([SMALL], output=tmp_path) == 0

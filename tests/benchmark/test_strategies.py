@@ -9,9 +9,10 @@ import torch
 from datasets import Dataset
 
 from bitstack_nb import ExactRecall, Protocol
-from bitstack_nb.benchmark.strategies import STRATEGIES
-from bitstack_nb.benchmark.strategies.rivals import kept_rows, single_examples
-from bitstack_nb.benchmark.strategies.stacked import small_parameters
+from bitstack_nb.benchmark.strategies import all_strategies
+from bitstack_nb.benchmark.strategies.bitstack_strict import small_parameters
+from bitstack_nb.benchmark.strategies.ewc import single_examples
+from bitstack_nb.benchmark.strategies.replay import kept_rows
 from bitstack_nb.fitting import fit_head
 from bitstack_nb.settings import CONTROLS
 
@@ -20,7 +21,7 @@ PROTOCOL = Protocol(tasks=("imdb", "ag_news", "dbpedia"), batch_size=6, n_batche
 
 def make(name: str, model, **settings):
     defaults = {"n_batches": 2} if "mask" in name or name in ("bitstack", "ewc") else {}
-    return STRATEGIES[name](model, PROTOCOL.with_strategy(name, **defaults, **settings))
+    return all_strategies()[name](model, PROTOCOL.with_strategy(name, **defaults, **settings))
 
 
 def train_stage(strategy, number: int, *, rate: float = 1e-2) -> None:
@@ -171,7 +172,7 @@ def test_the_random_mask_is_drawn_by_the_seed():
     def masks(seed: int) -> torch.Tensor:
         model = tiny.gpt2()
         protocol = replace(PROTOCOL.with_strategy("random-mask", n_batches=2), seed=seed)
-        strategy = STRATEGIES["random-mask"](model, protocol)
+        strategy = all_strategies()["random-mask"](model, protocol)
         strategy.after_stage(0, tiny.batches(2, seed=0))
         return torch.cat([mask.flatten() for mask in strategy._stack.masks.values()])
 
@@ -250,8 +251,9 @@ def test_ewcs_fisher_and_penalty_are_those_of_the_formula():
     model = tiny.bert()
     strategy = make("ewc", model, strength=3.0)
     batches = tiny.batches(2, seed=0)
-    strategy.after_stage(0, batches)
-    strategy.after_stage(1, batches)
+    for task in range(2):
+        strategy.before_stage(task, batches)
+        strategy.after_stage(task, batches)
     strategy.before_stage(2, batches)
     assert float(strategy.penalty().detach()) == 0
     model.eval()
@@ -286,7 +288,7 @@ def rows(task: int, count: int) -> Dataset:
 def test_replay_draws_its_examples_by_the_seed():
     data = [rows(task, 30) for task in range(3)]
     protocol = PROTOCOL.with_strategy("replay", replay_size=8)
-    replay = STRATEGIES["replay"]
+    replay = all_strategies()["replay"]
     assert {task: len(own) for task, own in replay.rows([0], data, protocol).items()} == {0: 30}
     third = replay.rows([2], data, protocol)
     assert {task: len(own) for task, own in third.items()} == {0: 8, 1: 8, 2: 30}

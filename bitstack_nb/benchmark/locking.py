@@ -1,0 +1,117 @@
+"""What the strategies that lock weights have in common. Not a strategy itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from bitstack_nb.benchmark.protocol import Protocol
+from bitstack_nb.benchmark.strategy import Strategy, n_bytes
+from bitstack_nb.select import top_masks
+from bitstack_nb.settings import check_settings
+from bitstack_nb.stack import BitStack
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+
+class Locking(Strategy):
+    """Locks weights with a :class:`BitStack`; subclasses say which after a stage."""
+
+    settings = ("sparsity", "budget", "n_batches", "importance", "head_steps")
+
+    def __init__(self, model: nn.Module, protocol: Protocol) -> None:
+        super().__init__(model, protocol)
+        self._stack = self._new_stack()
+
+    @classmethod
+    def check(cls, protocol: Protocol) -> None:
+        """Raise a ValueError for what a stack cannot be asked for."""
+        importance = protocol.importance or "gradient"
+        check_settings(protocol.sparsity, budget=protocol.budget, importance=importance)
+
+    def _new_stack(self) -> BitStack:
+        return BitStack(
+            self.model,
+            self.protocol.sparsity,
+            budget=self.protocol.budget,
+            importance=self.protocol.importance or "gradient",
+        )
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """The stack's: keeps locked weights exact, and verifies them at the end."""
+        return [self._stack.callback()]
+
+    def stats(self) -> dict[str, float] | None:
+        """The stack's statistics."""
+        return self._stack.stats()
+
+    def masks(self) -> Mapping[str, torch.Tensor]:
+        """The stack's masks."""
+        return self._stack.masks
+
+    def layer_records(self) -> list[dict[str, Any]]:
+        """The stack's layer table."""
+        return records(self._stack.layer_table())
+
+    def storage(self, data: Sequence[Dataset]) -> int:
+        """The packed masks; the model itself holds the locked values."""
+        return n_bytes(self._stack.state_dict()["bits"].values())
+
+    def save(self, folder: Path) -> None:
+        """Write masks and locked values."""
+        self._stack.save(folder / "masks.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote, and hook the model."""
+        self._stack = BitStack.load(folder / "masks.safetensors", self.model)
+
+
+class Control(Locking):
+    """Locks as many weights as BitStack would, but other ones.
+
+    A second stack, which guards nothing, says how many: it measures importance as the published
+    method does, and its masks are the union of what that would lock. So tasks that overlap by
+    importance cost the control no more weights than they cost the method.
+    """
+
+    def __init__(self, model: nn.Module, protocol: Protocol) -> None:
+        super().__init__(model, protocol)
+        self._count = self._new_stack()
+
+    def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+        """Lock the free weights with the highest scores."""
+        before = self._count.stats()["locked"]
+        after = self._count.update(loader, n_batches=self.protocol.n_batches)["locked"]
+        self._count.detach()
+        scores = self._scores(number)
+        for name, mask in self._stack.masks.items():
+            # A score of 0 is never chosen: so no locked weight, and any free one, can be.
+            scores[name].clamp_(min=torch.finfo(torch.float32).tiny).masked_fill_(mask, 0)
+        self._stack.lock(top_masks(scores, after - before, ties=False))
+
+    def _scores(self, number: int) -> dict[str, torch.Tensor]:
+        """New float32 scores of at least 0 by parameter name, of its shape and on its device."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write both stacks; the second without values, which it does not hold."""
+        super().save(folder)
+        self._count.save(folder / "count.safetensors", values=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote, and hook the model."""
+        super().load(folder)
+        self._count = BitStack.load(folder / "count.safetensors", self.model)
+        self._count.detach()
+
+
+def records(table: Any) -> list[dict[str, Any]]:
+    """A layer table (a pandas frame) as JSON-able rows."""
+    table["layer"] = table["layer"].astype(object).where(table["layer"].notna(), None)
+    return table.to_dict("records")

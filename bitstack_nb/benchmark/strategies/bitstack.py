@@ -1,0 +1,42 @@
+"""BitStack: the published method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bitstack_nb.benchmark.curves import CurveRecorder
+from bitstack_nb.benchmark.locking import Locking
+from bitstack_nb.benchmark.protocol import Protocol
+
+
+class Published(Locking):
+    """Locks the weights that matter most for each task, after it."""
+
+    name, label, order, colour = "bitstack", "BitStack", 60, "#D55E00"
+
+    def __init__(self, model: nn.Module, protocol: Protocol) -> None:
+        super().__init__(model, protocol)
+        self._recorder = CurveRecorder(self._stack.masks)
+
+    def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+        """Lock the weights that matter for the stage's task."""
+        self._stack.update(loader, n_batches=self.protocol.n_batches, observe=self._recorder.add)
+
+    def importance_record(self) -> dict[str, Any]:
+        """The lock curves of the importance measured so far."""
+        return self._recorder.curves().to_record()
+
+    def save(self, folder: Path) -> None:
+        """Write masks, locked values, and at which sparsity each weight would be locked."""
+        super().save(folder)
+        save_file(self._recorder.state_dict(), folder / "curves.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote, and hook the model."""
+        super().load(folder)
+        self._recorder.load_state_dict(load_file(folder / "curves.safetensors"))

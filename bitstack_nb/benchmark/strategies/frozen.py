@@ -1,0 +1,20 @@
+"""Frozen backbone: the first task is fine-tuned, later ones train a head alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from bitstack_nb.benchmark.strategy import Strategy
+
+
+class Frozen(Strategy):
+    """The backbone stays as the first task left it."""
+
+    name, label, order, colour = "frozen", "frozen backbone", 15, "#B8B8B8"
+    drifts = False
+
+    def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+        """Freeze the backbone from the second stage on."""
+        if number:
+            self.model.base_model.requires_grad_(False)

@@ -1,0 +1,89 @@
+"""LoRA: a low-rank adapter per task beside every linear layer of the frozen backbone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from bitstack_nb.benchmark.protocol import Protocol
+from bitstack_nb.benchmark.strategy import Strategy, n_bytes
+from bitstack_nb.rng import undisturbed_rng
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class LoRA(Strategy):
+    """An adapter per task, by the package peft: ``lora_alpha`` twice the rank, no dropout.
+
+    Hu et al. (2021), "LoRA: Low-Rank Adaptation of Large Language Models".
+    """
+
+    name, label, order, colour = "lora", "LoRA", 70, "#029E73"
+    settings = ("rank", "head_steps")
+    drifts = False
+
+    def __init__(self, model: nn.Module, protocol: Protocol) -> None:
+        super().__init__(model, protocol)
+        try:
+            from peft.functional import inject_adapter_in_model, set_adapter
+        except ImportError as error:
+            raise ValueError(
+                "strategy 'lora' needs peft 0.18 or newer: pip install -U peft"
+            ) from error
+        self._set_adapter = set_adapter
+        self._shown = 0
+        config = _lora_config(model.base_model, protocol.rank)
+        # All at once, so that the model has the same tensors at every saved stage.
+        with undisturbed_rng(model.device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            torch.manual_seed(protocol.seed)
+            for task in range(len(protocol.tasks)):
+                inject_adapter_in_model(config, model.base_model, _adapter(task))
+
+    def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+        """Switch to the task's adapter, the only one that is trained."""
+        self._show(number)
+
+    @contextmanager
+    def model_of(self, task: int) -> Iterator[nn.Module]:
+        """The backbone with the task's adapter; the present one comes back after the block."""
+        present = self._shown
+        self._show(task)
+        try:
+            yield self.model
+        finally:
+            self._show(present)
+
+    def storage(self, data: Sequence[Dataset]) -> int:
+        """The adapters, all of one size."""
+        parameters = self.model.base_model.named_parameters()
+        return n_bytes(parameter for name, parameter in parameters if ".lora_" in name)
+
+    def _show(self, task: int) -> None:
+        self._set_adapter(self.model.base_model, _adapter(task))
+        self._shown = task
+
+
+def _adapter(task: int) -> str:
+    return f"task{task}"
+
+
+def _lora_config(backbone: nn.Module, rank: int) -> Any:
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    layers = {n: m for n, m in backbone.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        # By their full names: "all-linear" would count in the layers of adapters added before.
+        target_modules=list(layers),
+        # How Conv1D, the linear layer of GPT-2, stores its weight.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.values()),
+    )

@@ -1,12 +1,13 @@
-"""Masks at one bit per entry: pack, unpack, positions, count. Pure tensor functions.
+"""Masks of one bit per weight (pack, unpack, positions, count), and the bits of weights themselves.
 
-Bit order is little (entry ``i`` of the flattened mask is bit ``i % 8`` of byte ``i // 8``), as
-``numpy.packbits(mask, bitorder="little")`` writes it. Eight entries are handled at a time by
-treating eight bytes as one 64-bit integer, so every function stays on the tensor's device.
+Pure tensor functions, on the tensor's device. Bit order is little: weight ``i`` of the flattened
+mask is bit ``i % 8`` of byte ``i // 8``, as ``numpy.packbits(mask, bitorder="little")`` writes it.
+Eight weights are handled at a time, by treating eight bytes as one 64-bit integer.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from math import prod
 
@@ -18,6 +19,7 @@ _GATHER = 0x0102040810204080
 _REPEAT = 0x0101010101010101
 # One bit per byte, bit i in byte i: 0x8040201008040201 as a signed 64-bit integer.
 _DIAGONAL = 0x8040201008040201 - (1 << 64)
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def packed_size(shape: Sequence[int]) -> int:
@@ -80,6 +82,22 @@ def count(bits: torch.Tensor) -> int:
     pairs = bits - ((bits >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return int(((nibbles + (nibbles >> 4)) & 0x0F).sum(dtype=torch.int64))
+
+
+def pattern(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bits as integers: -0.0 differs from 0.0, and a NaN equals itself."""
+    return tensor.view(_INTEGERS[tensor.element_size()])
+
+
+def differing(one: torch.Tensor, other: torch.Tensor) -> int:
+    """How many weights differ in any bit."""
+    return int((pattern(one) != pattern(other)).sum())
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's bits, its first 16 hexadecimal digits."""
+    plain = pattern(tensor.detach()).contiguous().cpu().numpy()
+    return hashlib.sha256(plain).hexdigest()[:16]
 
 
 # Several disjoint masks in one stack of planes: entry i is of mask t when bit i of plane b is bit b

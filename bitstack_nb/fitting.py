@@ -75,7 +75,7 @@ def _check_finite(heads: Iterable[nn.Parameter]) -> None:
             )
 
 
-def drawn(
+def first_batches(
     loader: Iterable[Mapping[str, Any]], count: int, device: torch.device
 ) -> list[Mapping[str, Any]]:
     """A loader's first batches, at least one; the global random generators are left as found."""
@@ -94,7 +94,7 @@ def fit_head(
 ) -> None:
     """``fit_heads`` of the head in the model on a loader's first batches, one a step."""
     heads = trainable_heads(model)
-    batches = drawn(loader, steps, heads[0].device)
+    batches = first_batches(loader, steps, heads[0].device)
     fit_heads(model, heads, batches, steps=steps, learning_rate=learning_rate)
 
 

@@ -1,9 +1,15 @@
-"""How much each entry of the backbone matters for a task: gradients summed over its batches."""
+"""Importance of weights for a task, and the exact top k of it.
+
+``measure`` adds up gradients over a task's batches; ``choose`` turns scores into the masks of the k
+largest. Scores are never concatenated, sorted or sampled: read as an integer, the bit pattern of a
+non-negative float32 sorts like the number itself. So two passes over 16-bit histograms (a radix
+select) find the k-th largest exactly, with one chunk and one histogram of extra memory.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from numbers import Integral
@@ -17,10 +23,13 @@ from bitstack_nb.rng import undisturbed_rng
 
 Importance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Each takes a parameter and its gradient for one batch, both of the parameter's shape, and gives
-# the batch's non-negative contribution to the score. "gradient" is the published choice;
-# "gradient-weight" says by how much the loss would change, to first order, without the entry;
-# "fisher" is the diagonal of the empirical Fisher information, batch by batch.
+_CHUNK = 1 << 21
+_BUCKETS = 1 << 16
+
+# Each takes a parameter and its gradient for one batch, and gives what the batch adds to the score,
+# at least 0. "gradient" is the published choice. "gradient-weight" tells by how much the loss would
+# change without the weight, to first order. "fisher" is the diagonal of the empirical Fisher
+# information, batch by batch.
 IMPORTANCE: dict[str, Importance] = {
     "gradient": lambda parameter, gradient: gradient.abs(),
     "gradient-weight": lambda parameter, gradient: (parameter.float() * gradient.float()).abs(),
@@ -42,10 +51,9 @@ def measure(
     autocast. The model's training flags and gradients and the global random generators are left as
     found.
 
-    With several ranks each gives batches of its own, up to ``n_batches``, and the scores are summed
-    over all: they have the same bits on every rank. One process that sees the same ``n`` batches
-    adds in another order, and so rounds otherwise: its scores differ by less than ``n * 2^-23`` of
-    themselves, and an entry that near to the threshold may be chosen by one and not by the other.
+    With several ranks each gives up to ``n_batches`` of its own, and the scores are summed over
+    all, with the same bits on every rank. One process that sees the same ``n`` batches adds them in
+    another order, so its scores differ by rounding: by less than ``n * 2^-23`` of themselves.
 
     Raises:
         ValueError: the loader is empty, a batch has no labels, no gradient arrives, or a score is
@@ -78,10 +86,10 @@ def measure(
     return scores
 
 
-def draw(parameters: Mapping[str, torch.Tensor], *, seed: int) -> dict[str, torch.Tensor]:
-    """Scores by chance, uniform up to 1, as :func:`measure` gives them: above 0, which is no score.
+def random_scores(parameters: Mapping[str, torch.Tensor], *, seed: int) -> dict[str, torch.Tensor]:
+    """Random scores in the form of :func:`measure`'s: uniform, above 0 and at most 1.
 
-    A seed draws the same on every device; the global random generators are left alone.
+    A seed gives the same scores on every device; the global random generators are left alone.
     """
     generator = torch.Generator().manual_seed(seed)
     plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
@@ -90,6 +98,102 @@ def draw(parameters: Mapping[str, torch.Tensor], *, seed: int) -> dict[str, torc
         name: torch.rand(p.shape, generator=generator, **plain).clamp_(min=least).to(p.device)
         for name, p in parameters.items()
     }
+
+
+# The top k ------------------------------------------------------------------------------------
+
+
+def choose(
+    scores: Mapping[str, torch.Tensor],
+    k: int,
+    *,
+    without: Mapping[str, torch.Tensor] | None = None,
+    ties: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Bool masks of the k largest scores over all tensors.
+
+    A score of zero is never taken: the weight did not matter for the task. So there may be fewer.
+
+    Args:
+        scores: as :func:`measure` gives them.
+        k: how many.
+        without: bool masks of weights that may not be chosen, by name.
+        ties: take all scores equal to the k-th, else the first of them until there are k.
+    """
+    if without is not None:
+        scores = {name: score.masked_fill(without[name], 0) for name, score in scores.items()}
+    if k == 0:
+        return {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
+    threshold = float(kth_largest(list(scores.values()), k))
+    masks = {name: (score >= threshold) & (score > 0) for name, score in scores.items()}
+    if not ties:
+        _drop_last_ties(masks, scores, threshold, sum(int(m.sum()) for m in masks.values()) - k)
+    return masks
+
+
+def kth_largest(scores: Sequence[torch.Tensor], k: int) -> torch.Tensor:
+    """The exact k-th largest value (k counts from 1) over all ``scores`` together.
+
+    Args:
+        scores: float32 tensors of any shapes and devices, without NaN or negative values.
+        k: rank, 1 for the largest, at most the number of entries.
+
+    Returns:
+        A float32 scalar tensor on the CPU.
+    """
+    total = sum(score.numel() for score in scores)
+    if not 1 <= k <= total:
+        raise ValueError(f"k is {k}, expected 1 to {total}, the number of scores")
+    for score in scores:
+        if score.dtype != torch.float32:
+            raise TypeError(f"scores must be float32, got {score.dtype}")
+    high, rank = _descend(_histogram(scores, lambda pattern: pattern >> 16), k)
+    low, _ = _descend(
+        _histogram(scores, lambda pattern: pattern[pattern >> 16 == high] & 0xFFFF), rank
+    )
+    return torch.tensor((high << 16) | low, dtype=torch.int32, device="cpu").view(torch.float32)
+
+
+def _drop_last_ties(
+    masks: Mapping[str, torch.Tensor],
+    scores: Mapping[str, torch.Tensor],
+    threshold: float,
+    surplus: int,
+) -> None:
+    for name in reversed(masks):
+        if surplus <= 0:
+            return
+        tied = (masks[name] & (scores[name] == threshold)).nonzero()[-surplus:]
+        if len(tied):
+            masks[name][tied.unbind(1)] = False
+        surplus -= len(tied)
+
+
+def _histogram(
+    scores: Sequence[torch.Tensor], digit: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    counts = torch.zeros(_BUCKETS, dtype=torch.int64, device="cpu")
+    for pattern in _patterns(scores):
+        counts += torch.bincount(digit(pattern), minlength=_BUCKETS).cpu()
+    return counts
+
+
+def _patterns(scores: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for score in scores:
+        for chunk in score.detach().reshape(-1).split(_CHUNK):
+            if chunk.numel():
+                yield chunk.view(torch.int32)
+
+
+def _descend(counts: torch.Tensor, k: int) -> tuple[int, int]:
+    """The bucket that holds the k-th largest, and its rank among that bucket's scores."""
+    from_top = counts.flip(0).cumsum(0)
+    position = int((from_top < k).sum())
+    above = int(from_top[position - 1]) if position else 0
+    return len(counts) - 1 - position, k - above
+
+
+# What measuring needs -------------------------------------------------------------------------
 
 
 def check_batches(loader: Iterable[Mapping[str, Any]], n_batches: int) -> None:

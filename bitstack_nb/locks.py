@@ -15,8 +15,6 @@ from bitstack_nb.eligible import place
 if TYPE_CHECKING:
     import pandas
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 class TaskLocks(NamedTuple):
     """How many entries of one parameter a task chose, and how many of those were new."""
@@ -111,7 +109,7 @@ class Locks:
             return gradient.masked_fill(self.mask(name), 0)
         # A product of bit patterns is exact, and there three times as fast.
         free = bits.unpack(~self._followed(name), gradient.shape)
-        return (bit_pattern(gradient) * free).view(gradient.dtype)
+        return (bits.pattern(gradient) * free).view(gradient.dtype)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -129,7 +127,7 @@ class Locks:
         moved = {}
         for name in self.names:
             present = self.parameters[name].masked_select(self.mask(name))
-            moved[name] = differing(present, self._values[name])
+            moved[name] = bits.differing(present, self._values[name])
         return {name: number for name, number in moved.items() if number}
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,16 +192,6 @@ def layer_table(
     # An empty parameter has no entries to lock: 0, not 0 / 0.
     table["lock_fraction"] = fraction.where(table["eligible"] > 0, 0.0)
     return table
-
-
-def bit_pattern(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bits as integers: tells -0.0 from 0.0, and equal NaN are equal."""
-    return tensor.view(_INTEGERS[tensor.element_size()])
-
-
-def differing(one: torch.Tensor, other: torch.Tensor) -> int:
-    """How many entries differ in any bit."""
-    return int((bit_pattern(one) != bit_pattern(other)).sum())
 
 
 class Masks(Mapping[str, torch.Tensor]):

@@ -8,7 +8,6 @@ two tasks own one entry needs no check. ``recall`` decides what is chosen and wh
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from torch import nn
 
 from bitstack_nb import bits
 from bitstack_nb import maskfile as storage
-from bitstack_nb.locks import TaskLocks, bit_pattern, differing, layer_table
+from bitstack_nb.locks import TaskLocks, layer_table
 
 if TYPE_CHECKING:
     import pandas
@@ -154,7 +153,7 @@ class Owners:
         buffers = self._kept_buffers()
         self._follow(buffers)
         for name, buffer in buffers.items():
-            if differing(buffer, self._base[name]):  # or an eval-mode backward would refuse
+            if bits.differing(buffer, self._base[name]):  # or an eval-mode backward would refuse
                 buffer.copy_(self._base[name])
 
     def _write(self, *parts: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]) -> None:
@@ -246,7 +245,7 @@ class Owners:
             own = self._own(name, tensor)
             if own is not None:
                 bits.put(expected, *own)
-            moved[name] = differing(tensor, expected)
+            moved[name] = bits.differing(tensor, expected)
         return {name: number for name, number in moved.items() if number}
 
     def _own(self, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -343,11 +342,5 @@ class Owners:
             raise RuntimeError(f"task {self.closed} is still open, and {why}: close() it first")
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bits, its first 16 hexadecimal digits."""
-    plain = bit_pattern(tensor.detach()).contiguous().cpu().numpy()
-    return hashlib.sha256(plain).hexdigest()[:16]
-
-
 def _digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    return {name: digest(tensor) for name, tensor in tensors.items()}
+    return {name: bits.digest(tensor) for name, tensor in tensors.items()}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bitstack_nb.owners import digest
+from bitstack_nb.bits import digest
 
 if dist.is_available() and not dist.is_initialized():
     # Its default arguments keep the process group that stands when it is first imported, which

@@ -19,17 +19,17 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from bitstack_nb import eligible, maskfile, ranks, select
+from bitstack_nb import eligible, maskfile, ranks
 from bitstack_nb.fitting import (
     HEAD_LEARNING_RATE,
     HEAD_STEPS,
     check_fitting,
-    drawn,
+    first_batches,
     fit_heads,
     put_back_on_error,
 )
 from bitstack_nb.guard import Guard
-from bitstack_nb.importance import check_batches, draw, measure
+from bitstack_nb.importance import check_batches, choose, measure, random_scores
 from bitstack_nb.locks import Masks
 from bitstack_nb.owners import Owners
 from bitstack_nb.settings import IMPORTANCES, RANDOM, check_settings
@@ -135,7 +135,7 @@ class ExactRecall:
             batches: list[Mapping[str, Any]] = []
             if loader is not None or self.settings["importance"] != RANDOM:
                 check_batches(loader, n_batches)
-                batches = drawn(loader, max(n_batches, head_steps), heads[0].device)
+                batches = first_batches(loader, max(n_batches, head_steps), heads[0].device)
         owners.keep_base()
         with put_back_on_error(heads), owners.shown_as_before_on_error():
             owners.show(None)
@@ -146,9 +146,7 @@ class ExactRecall:
                     self._model, heads, batches, steps=head_steps, learning_rate=head_learning_rate
                 )
             scores = self._scores(batches, n_batches)
-            for parameter, score in scores.items():
-                score.masked_fill_(owners.mask(parameter), 0)
-            chosen = select.top_masks(scores, budget, ties=False)
+            chosen = choose(scores, budget, without=self.masks, ties=False)
             ranks.check_same(chosen, "weights to train")
             owners.open(chosen)
             self._names = [*self._names[: owners.closed], name]
@@ -247,9 +245,9 @@ class ExactRecall:
 
     def callback(self) -> TrainerCallback:
         """The same guarantee for the transformers ``Trainer``: ``Trainer(callbacks=[...])``."""
-        from bitstack_nb.trainer import BitStackCallback
+        from bitstack_nb.trainer import GuardCallback
 
-        return BitStackCallback(self)
+        return GuardCallback(self)
 
     def restore(self) -> None:
         """Put back everything but the open task's weights and the head."""
@@ -365,7 +363,7 @@ class ExactRecall:
         parameters, how = self._owners.parameters, self.settings["importance"]
         if how == RANDOM:
             frozen = {n: torch.zeros_like(p) for n, p in parameters.items() if not p.requires_grad}
-            random = draw({n: p for n, p in parameters.items() if n not in frozen}, seed=0)
+            random = random_scores({n: p for n, p in parameters.items() if n not in frozen}, seed=0)
             return {name: (random | frozen)[name].float() for name in parameters}
         with self._guard.lifted():
             return measure(self._model, parameters, loader, n_batches=n_batches, importance=how)

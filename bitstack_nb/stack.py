@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from bitstack_nb import eligible, maskfile, ranks, select
+from bitstack_nb import eligible, maskfile, ranks
 from bitstack_nb.guard import Guard
-from bitstack_nb.importance import measure
+from bitstack_nb.importance import choose, measure
 from bitstack_nb.locks import Locks, Masks
 from bitstack_nb.settings import check_settings
 
@@ -106,11 +106,9 @@ class BitStack:
         scores = self.measure(loader, n_batches)
         if observe is not None:
             observe(scores)
-        if self.settings["budget"] == "fresh":
-            for name in self._locks.names:
-                scores[name].masked_fill_(self._locks.mask(name), 0)
-        budget = round(self.settings["sparsity"] * self._locks.eligible)
-        return self.lock(select.top_masks(scores, budget))
+        taken = self.masks if self.settings["budget"] == "fresh" else None
+        k = round(self.settings["sparsity"] * self._locks.eligible)
+        return self.lock(choose(scores, k, without=taken))
 
     def measure(
         self, loader: Iterable[Mapping[str, Any]], n_batches: int = 32
@@ -172,9 +170,9 @@ class BitStack:
 
     def callback(self) -> TrainerCallback:
         """The same guarantee for the transformers ``Trainer``: ``Trainer(callbacks=[...])``."""
-        from bitstack_nb.trainer import BitStackCallback
+        from bitstack_nb.trainer import GuardCallback
 
-        return BitStackCallback(self)
+        return GuardCallback(self._guard)
 
     def restore(self) -> None:
         """Put every locked weight back to the value it was locked with."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-if TYPE_CHECKING:
-    from bitstack_nb.stack import BitStack
+from bitstack_nb.guard import Guard
 
 
-class BitStackCallback(TrainerCallback):
-    """Attaches a stack to the Trainer's optimizer and verifies it at the end of training."""
+class GuardCallback(TrainerCallback):
+    """Attaches a guard to the Trainer's optimizer and verifies it at the end of training."""
 
-    def __init__(self, stack: BitStack) -> None:
-        self._stack = stack
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
 
     def on_train_begin(
         self,
@@ -26,9 +25,9 @@ class BitStackCallback(TrainerCallback):
         """Attach to the optimizer that this training steps.
 
         Raises:
-            ValueError: the Trainer trains another model than the stack's.
+            ValueError: the Trainer trains another model than the guarded one.
         """
-        self._stack.attach(kwargs["optimizer"])
+        self._guard.attach(kwargs["optimizer"])
 
     def on_train_end(
         self,
@@ -37,9 +36,9 @@ class BitStackCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Prove that no locked entry moved.
+        """Check that no locked weight moved.
 
         Raises:
             LockedWeightsMoved: something changed the weights past the optimizer.
         """
-        self._stack.verify()
+        self._guard.verify()

@@ -5,7 +5,7 @@ import unittest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitstack_nb.select import kth_largest, top_masks
+from bitstack_nb.importance import choose, kth_largest
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 SIZES = [(50, 7), (1,), (), (0,), (333,), (2, 3, 4)]
@@ -98,7 +98,7 @@ class KthLargest(unittest.TestCase):
         scores = {str(i): torch.rand(70_000) for i in range(6)}
         for name, call in {
             "kth_largest": lambda: kth_largest(list(scores.values()), 9_000),
-            "top_masks": lambda: top_masks(scores, 9_000),
+            "choose": lambda: choose(scores, 9_000),
         }.items():
             with self.subTest(name), OutputSizes() as seen:
                 call()
@@ -113,7 +113,7 @@ class TopMasks(unittest.TestCase):
             flat = torch.cat([score.flatten() for score in scores.values()])
             for k in (1, 40, flat.numel() // 2, flat.numel()):
                 with self.subTest(kind=kind, k=k):
-                    masks = top_masks(scores, k)
+                    masks = choose(scores, k)
                     threshold = flat.sort(descending=True).values[k - 1]
                     self.assertEqual(list(masks), list(scores))
                     for name, mask in masks.items():
@@ -125,7 +125,7 @@ class TopMasks(unittest.TestCase):
         order = torch.randperm(1000, generator=torch.Generator().manual_seed(5)).float() + 1
         scores = {"a": order[:300].reshape(30, 10), "b": order[300:]}
         for k in (1, 120, 999, 1000):
-            masks = top_masks(scores, k)
+            masks = choose(scores, k)
             self.assertEqual(sum(int(mask.sum()) for mask in masks.values()), k)
 
     def test_without_ties_exactly_k_the_first_of_them(self):
@@ -138,12 +138,12 @@ class TopMasks(unittest.TestCase):
                     expected = torch.zeros_like(flat, dtype=torch.bool)
                     expected[order[:k]] = True
                     expected &= flat > 0
-                    masks = top_masks(scores, k, ties=False)
+                    masks = choose(scores, k, ties=False)
                     found = torch.cat([masks[name].flatten() for name in scores])
                     self.assertTrue(torch.equal(found, expected))
 
     def test_an_entry_without_gradient_is_never_chosen(self):
-        masks = top_masks({"a": torch.zeros(4), "b": torch.tensor([0.0, 2.0])}, 5)
+        masks = choose({"a": torch.zeros(4), "b": torch.tensor([0.0, 2.0])}, 5)
         self.assertEqual(masks["a"].tolist(), [False] * 4)
         self.assertEqual(masks["b"].tolist(), [False, True])
 

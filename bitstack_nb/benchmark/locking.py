@@ -11,7 +11,7 @@ from torch import nn
 
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.strategy import Strategy, n_bytes
-from bitstack_nb.select import top_masks
+from bitstack_nb.importance import choose
 from bitstack_nb.settings import check_settings
 from bitstack_nb.stack import BitStack
 
@@ -90,10 +90,10 @@ class Control(Locking):
         after = self._count.update(loader, n_batches=self.protocol.n_batches)["locked"]
         self._count.detach()
         scores = self._scores(number)
-        for name, mask in self._stack.masks.items():
-            # A score of 0 is never chosen: so no locked weight, and any free one, can be.
-            scores[name].clamp_(min=torch.finfo(torch.float32).tiny).masked_fill_(mask, 0)
-        self._stack.lock(top_masks(scores, after - before, ties=False))
+        for score in scores.values():
+            score.clamp_(min=torch.finfo(torch.float32).tiny)  # 0 is never chosen
+        masks = self._stack.masks
+        self._stack.lock(choose(scores, after - before, without=masks, ties=False))
 
     def _scores(self, number: int) -> dict[str, torch.Tensor]:
         """New float32 scores of at least 0 by parameter name, of its shape and on its device."""

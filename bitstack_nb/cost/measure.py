@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from bitstack_nb.eligible import eligible_parameters
+from bitstack_nb.importance import kth_largest
 from bitstack_nb.recall import ExactRecall
 from bitstack_nb.reference import PlainBitStack
-from bitstack_nb.select import kth_largest
 from bitstack_nb.stack import BitStack
 
 SPARSITY, ROWS, LENGTH = 0.12, 8, 128

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bitstack_nb.cost import measure
-from bitstack_nb.select import kth_largest
+from bitstack_nb.importance import kth_largest
 from bitstack_nb.stack import BitStack
 
 # With a fixed threshold freed tensors go back to the system at once and do not count as used.

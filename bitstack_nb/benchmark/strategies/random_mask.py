@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bitstack_nb.benchmark.locking import Control
-from bitstack_nb.importance import draw
+from bitstack_nb.importance import random_scores
 
 
 class RandomMask(Control):
@@ -14,4 +14,4 @@ class RandomMask(Control):
     name, label, order, colour = "random-mask", "random mask", 50, "#DE8F05"
 
     def _scores(self, number: int) -> dict[str, torch.Tensor]:
-        return draw(self._stack.masks, seed=1000 * self.protocol.seed + number)
+        return random_scores(self._stack.masks, seed=1000 * self.protocol.seed + number)

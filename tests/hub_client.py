@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 
-from bitstack_nb.__main__ import main
 from bitstack_nb.benchmark import inputs
+from bitstack_nb.cli import main
 from bitstack_nb.data import hub
 from bitstack_nb.data.loading import load_task
 from bitstack_nb.data.tasks import Task

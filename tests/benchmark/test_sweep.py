@@ -16,12 +16,11 @@ from distributed import LocalCluster
 from filelock import FileLock
 from joblib import cpu_count
 
-from bitstack_nb.__main__ import main
 from bitstack_nb.benchmark import runner as benchmark
 from bitstack_nb.benchmark import sequence
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.sweeps import sweep
-from bitstack_nb.options import one_run, parser
+from bitstack_nb.cli import main, one_run, parser, protocols
 from bitstack_nb.results.result import load_results
 
 FAST = ["--tasks=imdb,ag_news", "--train-size=32", "--test-size=28", "--max-length=16"]
@@ -85,7 +84,7 @@ def test_what_is_missing_is_run_and_what_fails_is_named(one_by_one, tmp_path, ca
     python, *arguments = shlex.split(result.provenance["command"])
     assert (python, *arguments[:3]) == ("python", "-m", "bitstack_nb", "run")
     again = parser().parse_args(arguments[2:])
-    assert again.protocols(again) == [Protocol.from_dict(result.protocol)]
+    assert protocols(again) == [Protocol.from_dict(result.protocol)]
 
 
 def test_a_worker_killed_midway_loses_nothing_and_repeats_nothing(one_by_one, tmp_path, capsys):
@@ -129,11 +128,11 @@ def test_the_recorded_command_repeats_its_run_only():
     options += ["--learning-rate=2e-05", "--train-size=1.0", "--test-size=12", "--epochs=1.5"]
     options += ["--data=/some where", "--head-learning-rate=0.01", "--sampling=head"]
     given = parser().parse_args(["sweep", *options])
-    protocols = given.protocols(given)
-    assert len({protocol.name for protocol in protocols}) == len(protocols) > 50
-    for protocol in protocols:
+    found = protocols(given)
+    assert len({protocol.name for protocol in found}) == len(found) > 50
+    for protocol in found:
         again = parser().parse_args(one_run(protocol, given)[2:])
-        assert again.protocols(again) == [protocol]
+        assert protocols(again) == [protocol]
 
 
 def test_a_run_that_kills_its_workers_is_given_up(tmp_path):

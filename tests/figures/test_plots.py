@@ -20,7 +20,7 @@ from safetensors import safe_open
 from toy_results import TASKS, published, run
 
 from bitstack_nb import BitStack
-from bitstack_nb.__main__ import main
+from bitstack_nb.cli import RECORDED, RECORDED_COSTS, main
 from bitstack_nb.cost.report import CostReport, cost_table
 from bitstack_nb.figures.accuracy import (
     accuracy_matrices,
@@ -32,7 +32,6 @@ from bitstack_nb.figures.evidence import accuracy_for_storage, drift_attribution
 from bitstack_nb.figures.figures import FILE_DPI
 from bitstack_nb.figures.locks import ablation, capacity, lock_heatmaps, mask_bytes
 from bitstack_nb.figures.style import DPI, Figure, grouped, png
-from bitstack_nb.options import RECORDED, RECORDED_COSTS
 from bitstack_nb.results.metrics import forgetting_per_task as points_lost
 from bitstack_nb.results.metrics import mean_interval
 from bitstack_nb.results.result import Result, ResultError, load_results

@@ -1,8 +1,7 @@
-"""The guarantee: what may not move gets no gradient, and is put back after each optimizer step.
+"""The guarantee: a locked weight gets no gradient, and is put back after each optimizer step.
 
-Weight decay and momentum move weights whose gradient is zero, so zero gradients alone are no
-guarantee; but they keep clipping and Adam's moments clean. What may not move, ``Locks`` and
-``Owners`` say.
+A gradient of zero keeps clipping and Adam's moments clean, but momentum and weight decay still move
+the weight. So after the step every locked weight gets back the value it was locked with.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ _lifted: WeakSet[nn.Module] = WeakSet()
 
 
 class LockedWeightsMoved(RuntimeError):
-    """Entries that may not move differ from the values they must have."""
+    """Locked weights differ from the values they were locked with."""
 
 
 class Guard:
-    """Hooks on the parameters that ``locks`` holds, and on the optimizers that step them.
+    """Hooks on the parameters with locked weights, and on the optimizers that step them.
 
-    They keep it alive, so that a stack that nobody refers to any more goes on guarding. A deep copy
-    guards a copy of the model, and no optimizer yet.
+    The hooks keep the guard alive, so it works on when nothing refers to the stack any more. A deep
+    copy guards a copy of the model, and no optimizer yet.
 
     Attributes:
-        handles: one gradient hook per parameter with entries that may not move, by name.
+        handles: one gradient hook per parameter with locked weights, by name.
         hook_calls: how often each was called.
     """
 
@@ -51,12 +50,33 @@ class Guard:
         self._check_alone()
         _guards.setdefault(model, WeakSet()).add(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
-        # torch copies no gradient hooks, so their handles would be of none.
-        copied = Guard(copy.deepcopy(self._model, memo), copy.deepcopy(self._locks, memo))
-        if self.handles:
-            copied.add_gradient_hooks()
-        return copied
+    # Before the step: no gradient ---------------------------------------------------------------
+
+    def add_gradient_hooks(self) -> None:
+        """Hook every parameter that has locked weights and no hook yet."""
+        for name, parameter in self._locks.held.items():
+            if name not in self.handles and parameter.requires_grad:
+                self.handles[name] = parameter.register_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        def hook(gradient: torch.Tensor) -> torch.Tensor | None:
+            if self._model in _lifted:
+                return None  # torch keeps the gradient as it is
+            self.hook_calls[name] = self.hook_calls.get(name, 0) + 1
+            return self._locks.movable_part(name, gradient)
+
+        return hook
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Let gradients pass the hooks of every guard on the model, to measure importance."""
+        _lifted.add(self._model)
+        try:
+            yield
+        finally:
+            _lifted.discard(self._model)
+
+    # After the step: put back -------------------------------------------------------------------
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """As ``BitStack.attach``."""
@@ -68,17 +88,16 @@ class Guard:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if stepped.isdisjoint(id(p) for p in self._parameters().values()):
             raise ValueError(
-                f"this {type(optimizer).__name__} holds none of the stack's parameters: "
-                "build it from the parameters of the model that the stack was made with (shards "
-                "of FSDP or DeepSpeed ZeRO are others, and not supported)"
+                f"this {type(optimizer).__name__} holds none of the stack's parameters: build it "
+                "from the parameters of the stack's model (shards of FSDP or DeepSpeed ZeRO are "
+                "other parameters, and not supported)"
             )
         self.add_gradient_hooks()
-        previous = self._attached.pop(optimizer, None)
-        if previous is not None:
-            previous.remove()
-        # Not traced where a step is compiled: what it would put back are constants then.
-        restore = torch.compiler.disable(self._locks.restore)
-        handle = optimizer.register_step_post_hook(lambda *_: restore())
+        if optimizer in self._attached:
+            self._attached[optimizer].remove()
+        # A compiled step must not trace it: what is put back would become a constant.
+        put_back = torch.compiler.disable(self._locks.restore)
+        handle = optimizer.register_step_post_hook(lambda *_: put_back())
         self._attached[optimizer] = handle
         return handle
 
@@ -89,32 +108,10 @@ class Guard:
         self.handles.clear()
         self._attached.clear()
 
-    def add_gradient_hooks(self) -> None:
-        """Hook what has entries that may not move and is not hooked yet."""
-        for name, parameter in self._locks.held.items():
-            if name not in self.handles and parameter.requires_grad:
-                self.handles[name] = parameter.register_hook(self._hook(name))
-
-    def _hook(self, name: str) -> Callable[[torch.Tensor], torch.Tensor | None]:
-        def hook(gradient: torch.Tensor) -> torch.Tensor | None:
-            if self._model in _lifted:
-                return None
-            self.hook_calls[name] = self.hook_calls.get(name, 0) + 1
-            return self._locks.movable_part(name, gradient)
-
-        return hook
-
-    @contextmanager
-    def lifted(self) -> Iterator[None]:
-        """Let gradients through every stack's hooks on the model, for measuring importance."""
-        _lifted.add(self._model)
-        try:
-            yield
-        finally:
-            _lifted.discard(self._model)
+    # Checks -------------------------------------------------------------------------------------
 
     def verify(self) -> None:
-        """Raise LockedWeightsMoved, naming how many and where, if any moved."""
+        """Raise LockedWeightsMoved, with how many and where, if any weight moved."""
         self.check_still_the_models()
         moved = self._locks.moved()
         if moved:
@@ -125,7 +122,7 @@ class Guard:
             )
 
     def check_still_the_models(self) -> None:
-        """A replaced parameter would be guarded no more, and nothing would tell."""
+        """Raise a RuntimeError if the model no longer holds a parameter that is guarded."""
         refuse_shards(self._model)
         self._check_alone()
         present = {id(p) for p in self._model.parameters()}
@@ -150,3 +147,10 @@ class Guard:
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {**self._locks.parameters, **self._locks.held}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+        # torch copies no gradient hooks, so the copy makes its own.
+        copied = Guard(copy.deepcopy(self._model, memo), copy.deepcopy(self._locks, memo))
+        if self.handles:
+            copied.add_gradient_hooks()
+        return copied

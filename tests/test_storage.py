@@ -9,9 +9,9 @@ from cases import ADAMW, FileCase
 from safetensors import SafetensorError
 from torch import nn
 
-from bitstack_nb import BitStack, select
+from bitstack_nb import BitStack
 from bitstack_nb.guard import LockedWeightsMoved
-from bitstack_nb.importance import draw
+from bitstack_nb.importance import choose, random_scores
 
 
 class TwoMillion(nn.Module):
@@ -121,13 +121,13 @@ class RoundTrip(FileCase):
         """Users may set the dtype and device of new tensors; meta is the first to fail."""
         model, other = tiny.plain(), tiny.plain(1)
         stack = BitStack(model, 0.3)
-        expected = draw(stack.masks, seed=0)
+        expected = random_scores(stack.masks, seed=0)
         dtype = torch.get_default_dtype()
         try:
             torch.set_default_dtype(torch.float64)
             with torch.device("meta"):
-                scores = draw(stack.masks, seed=0)
-                stack.lock(select.top_masks(scores, 100))
+                scores = random_scores(stack.masks, seed=0)
+                stack.lock(choose(scores, 100))
                 stack.save(self.path)
                 loaded = BitStack.load(self.path, other)
         finally:

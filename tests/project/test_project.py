@@ -1,6 +1,7 @@
 """The pages tell the truth: commands, code, tables, findings, names of tests, links."""
 
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -12,6 +13,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from bitstack_nb.cli import parser
 from bitstack_nb.cost.report import CostReport, cost_table
 from bitstack_nb.data.backbones import collate, encode, load_backbone
 from bitstack_nb.figures import mechanism
@@ -42,6 +44,16 @@ def test_what_a_page_links_to_is_there(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_command_line_understands_every_command_of_a_page(page):
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            _, _, arguments = line.partition("python -m bitstack_nb ")
+            words = shlex.split(arguments, comments=True)
+            if words and "--help" not in words:
+                parser().parse_args(words)
 
 
 def test_every_test_named_for_a_fault_is_there():

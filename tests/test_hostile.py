@@ -25,8 +25,8 @@ from bitstack_nb.results.tables import format_table, table
 
 # What stands where something else should, in JSON.
 JUNK = [
-    None, True, False, -1, 0, 1, 3, 10**9, 10**30, 10**400, 0.5, -0.0, 1e308, float("nan"),
-    float("inf"), "", "x", "3", "torch.float64", "\ud800", [], [[]], [0], {}, {"name": "x"},
+    None, True, False, -1, 0, 1, 3, 10**9, 10**30, 0.5, -0.0, 1e308, float("nan"),
+    float("inf"), "", "x", "3", "torch.float64", [], [[]], [0], {}, {"name": "x"},
 ]  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def run(strategy: str = "bitstack", seed: int = 0, *, tasks=TASKS, **settings: A
     rng = np.random.default_rng([seed, *f"{strategy}{sorted(settings.items())}".encode()])
     own = {"sparsity": 0.12, "budget": "union"} if strategy == "bitstack" else {}
     protocol = {"strategy": strategy, "model": "tiny", "data": "hub", "seed": seed}
+    protocol |= {"epochs": 1, "train_size": 8}
     protocol["tasks"] = [{"name": name} for name in tasks]
     count = len(tasks)
     matrix = np.tril(rng.uniform(20, 90, (count, count)))

@@ -1,4 +1,4 @@
-"""What runs gave: results, metrics, tables with intervals, paired comparisons."""
+"""Recorded runs: results, tables with intervals over seeds, paired comparisons."""
 
 from bitstack_nb.lazy import attach
 
@@ -8,6 +8,8 @@ __getattr__, __dir__, __all__ = attach(
         "Result": "result",
         "ResultError": "result",
         "load_results": "result",
+        "frame": "frames",
+        "task_frame": "frames",
         "table": "tables",
         "readable": "tables",
         "format_table": "tables",

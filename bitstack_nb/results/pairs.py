@@ -1,119 +1,113 @@
 """Two strategies on the same seeds: differences run by run, with intervals and a verdict in words.
 
-Seeds differ more than strategies do (they draw the samples), so a strategy is compared with the
-baseline seed by seed and the differences are averaged, not the two averages subtracted.
+A seed draws the samples, which differ more than strategies do. So a strategy is compared with the
+baseline seed by seed, and the differences are averaged.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from bitstack_nb.results.plain_json import canonical
+from bitstack_nb.results.frames import averages, frame, numbers, task_frame
 from bitstack_nb.results.result import Result, ResultError
-from bitstack_nb.results.tables import column_value, configurations, mean_and_half
+from bitstack_nb.results.tables import shown
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # Column -> whether more of it is better.
 METRICS = {"average_accuracy": True, "learning_accuracy": True, "forgetting": False}
+# Settings that may have been tuned for each strategy by itself.
 _TUNED = ("warmup_steps", "learning_rate", "head_learning_rate")
-_DRAW = ("seed", "tasks")
+# Exact recall always fits a new head first, joint training never.
+_NO_HEAD_STEPS = ("recall", "joint")
+OTHER = "_other"
+_DRAW = ["seed", "order"]
 
 
-def partner(result: Result, results: Iterable[Result], strategy: str) -> Result | None:
-    """The run of ``strategy`` on the same seed, order of the tasks and settings; None without one.
+def pairs(runs: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Each run of ``frames.frame`` beside the baseline strategy's run that it is compared with.
 
-    Settings that one of the two strategies does not have are no difference. Warm-up and learning
-    rates are one where the baseline was run at several: then they have to be equal. Where all of
-    its runs (whatever their seeds) have the same, these were tuned for it, and may be others than
-    those of ``result``.
+    That run, its partner, has the same seed, order of the tasks and settings; its columns end with
+    ``_other``. Settings that one of the two strategies does not have are no difference. Warm-up and
+    learning rates have to be equal where the baseline was run at several. Where all of its
+    comparable runs have the same, they were tuned for it and may be others than the run's. Runs
+    without a partner, and those of the baseline, are left out.
     """
-    alike = [other for other in results if _comparable(result, other, strategy)]
-    for tuned in (_warm_up, _rates):
-        if len({tuned(other) for other in alike}) > 1:
-            alike = [other for other in alike if tuned(other) == tuned(result)]
-    draw = [result.protocol.get(name) for name in _DRAW]
-    return next((o for o in alike if [o.protocol.get(name) for name in _DRAW] == draw), None)
+    import pandas as pd
+
+    settings = {text: _settings(text) for text in runs["configuration"].unique()}
+    known = {
+        name: {key for text in own["configuration"].unique() for key in settings[text]}
+        for name, own in runs.groupby("strategy")
+    }
+    others = runs[runs["strategy"] == baseline]
+    found = []
+    for text, own in runs[runs["strategy"] != baseline].groupby("configuration"):
+        alike = {
+            other: settings[other]
+            for other in others["configuration"].unique()
+            if _alike(settings[text], settings[other], known)
+        }
+        for tuned in (_warm_up, _rates):
+            if len({*map(tuned, alike.values())}) > 1:
+                alike = {k: v for k, v in alike.items() if tuned(v) == tuned(settings[text])}
+        partners = others[others["configuration"].isin(alike)].drop_duplicates(_DRAW)
+        found.append(own.merge(partners, on=_DRAW, suffixes=("", OTHER)))
+    return pd.concat(found or [runs[:0].merge(runs[:0], on=_DRAW, suffixes=("", OTHER))])
 
 
-def _comparable(result: Result, other: Result, strategy: str) -> bool:
-    """Whether a run is of the strategy, and agrees in all but _TUNED, seed and order of tasks."""
-    if other.protocol["strategy"] != strategy:
-        return False
-    from bitstack_nb.benchmark.strategies import all_strategies
-
-    known = all_strategies()
-    names = (r.protocol["strategy"] for r in (result, other))
-    own, others = ({*known[name].settings} if name in known else set() for name in names)
-    left_out = {"strategy", *_TUNED, *_DRAW, *(own ^ others)}
-    settings = [
-        {k: v for k, v in r.protocol.items() if k not in left_out and v is not None}
-        | {"tasks": sorted(map(canonical, r.protocol.get("tasks") or []))}
-        | {"published": r.provenance.get("published")}
-        for r in (result, other)
-    ]
-    return settings[0] == settings[1]
+def _settings(configuration: str) -> dict[str, Any]:
+    """A configuration's settings, also one that it has without naming it."""
+    settings = json.loads(configuration)
+    if settings["strategy"] not in _NO_HEAD_STEPS:
+        settings.setdefault("head_steps", 0)
+    return settings
 
 
-def _warm_up(result: Result) -> int | None:
-    """The steps in which the rates rise, of every task."""
-    return result.protocol.get("warmup_steps")
+def _alike(one: dict[str, Any], other: dict[str, Any], known: dict[str, set[str]]) -> bool:
+    """Whether settings agree in all that both strategies have, but what is tuned."""
+    both = known[one["strategy"]] & known[other["strategy"]]
+    names = (both | {"published"}) - {"strategy", *_TUNED}
+    return all(one.get(name) == other.get(name) for name in names)
 
 
-def _rates(result: Result) -> tuple[float | None, float | None]:
+def _warm_up(settings: dict[str, Any]) -> int | None:
+    return settings.get("warmup_steps")
+
+
+def _rates(settings: dict[str, Any]) -> tuple[float | None, float | None]:
     """The learning rates of the backbone and of the heads."""
-    rate = result.protocol.get("learning_rate")
-    return rate, result.protocol.get("head_learning_rate") or rate
+    rate = settings.get("learning_rate")
+    return rate, settings.get("head_learning_rate") or rate
 
 
-def with_partners(
-    members: Iterable[Result], results: Iterable[Result], *, baseline: str
-) -> list[tuple[Result, Result]]:
-    """Runs, each with its partner of the baseline strategy; those without one are left out."""
-    results = list(results)
-    both = ((member, partner(member, results, baseline)) for member in members)
-    return [(member, other) for member, other in both if other is not None]
-
-
-def differences(
-    pairs: Iterable[tuple[Result, Result]], value: Callable[[Result], float | None]
-) -> list[float]:
-    """A number of each run less that of its partner, where both have it; in points."""
-    both = [(value(member), value(other)) for member, other in pairs]
-    return [own - other for own, other in both if own is not None and other is not None]
-
-
-def metric(column: str) -> Callable[[Result], float | None]:
-    """One run's number for a column of ``tables.COLUMNS``; None where it has none."""
-    return lambda result: column_value(result, column)
-
-
-def final_accuracy(task: str) -> Callable[[Result], float | None]:
-    """One run's accuracy (%) on a task after the last one; None where it does not have that."""
-
-    def value(result: Result) -> float | None:
-        names = [own["name"] for own in result.protocol.get("tasks") or []]
-        measured = result.matrix is not None and task in names
-        return result.matrix[-1][names.index(task)] if measured else None
-
-    return value
+def mean_differences(paired: pd.DataFrame, columns: Collection[str]) -> pd.DataFrame:
+    """``frames.averages`` of each run's numbers less its partner's, and ``seeds``, the pairs."""
+    minus = paired[["configuration"]].assign(
+        **{name: paired[name] - paired[f"{name}{OTHER}"] for name in columns}
+    )
+    counts = minus.groupby("configuration").count().max(axis="columns")
+    found = averages(minus, columns)
+    found.insert(0, "seeds", counts)
+    return found[counts > 0]
 
 
 def paired_table(results: Iterable[Result], baseline: str = "finetune") -> pd.DataFrame:
     """One row per configuration with partners: its differences to the baseline, seed by seed.
 
-    Columns: what ``tables.configurations`` shows; ``seeds`` (pairs); then each of METRICS in
-    points and, as ``<column>_interval``, the half width of the 95 % Student interval, NaN for one
-    pair. ``tables.readable`` shows it.
+    Columns: what ``tables.shown`` gives; ``seeds`` (pairs); then each of METRICS in points and, as
+    ``<column>_interval``, the half width of the 95 % Student interval, NaN for one pair.
+    ``tables.readable`` shows it.
 
     Raises:
         ResultError: no run has a partner.
     """
-    return _paired(results, baseline, {column: metric(column) for column in METRICS})
+    return _difference_table(frame(results), baseline, METRICS)
 
 
 def paired_tasks(results: Iterable[Result], baseline: str = "single") -> pd.DataFrame:
@@ -122,39 +116,19 @@ def paired_tasks(results: Iterable[Result], baseline: str = "single") -> pd.Data
     Tasks are in the order of the lowest seed.
     """
     results = list(results)
-    return _paired(results, baseline, {name: final_accuracy(name) for name in all_tasks(results)})
+    tasks, run = task_frame(results), ["configuration", "seed", "order"]
+    final = tasks.pivot(index=run, columns="task", values="final").add_prefix("final ")
+    names = [f"final {name}" for name in tasks["task"].unique()]
+    found = _difference_table(frame(results).join(final, on=run), baseline, names)
+    return found.rename(columns=lambda name: name.removeprefix("final "))
 
 
-def all_tasks(results: Iterable[Result]) -> list[str]:
-    """The names of the tasks in results, each once, in the order of the lowest seed."""
-    orders = [
-        (result.protocol.get("seed") or 0, [task["name"] for task in result.protocol["tasks"]])
-        for result in results
-        if result.protocol.get("tasks")
-    ]
-    return list(dict.fromkeys(name for _, order in sorted(orders) for name in order))
-
-
-def _paired(
-    results: Iterable[Result], baseline: str, values: dict[str, Callable[[Result], float | None]]
-) -> pd.DataFrame:
-    import pandas as pd
-
-    results = list(results)
-    rows = []
-    for item in configurations(results):
-        pairs = with_partners(item.results, results, baseline=baseline)
-        found = {column: differences(pairs, value) for column, value in values.items()}
-        seeds = max(map(len, found.values()), default=0)
-        if not seeds or item.shown["strategy"] == baseline:
-            continue
-        row = item.shown | {"seeds": seeds}
-        for column, own in found.items():
-            row[column], row[f"{column}_interval"] = mean_and_half(own)
-        rows.append(row)
-    if not rows:
+def _difference_table(runs: pd.DataFrame, baseline: str, columns: Collection[str]) -> pd.DataFrame:
+    found = mean_differences(pairs(runs, baseline), columns)
+    if found.empty:
         raise no_pairs(baseline)
-    return pd.DataFrame(rows)
+    settings = shown(runs[runs.columns.difference(columns, sort=False)])
+    return settings.join(found, how="inner").reset_index(drop=True)
 
 
 def no_pairs(baseline: str) -> ResultError:
@@ -210,3 +184,55 @@ def verdict(
         f"{column.replace('_', ' ')}, {row['strategy']} minus {baseline}: {number} points over "
         f"{pairs} paired seed{'s' if pairs > 1 else ''} ({certainty})",
     )
+
+
+# What figures take: single runs and their numbers ------------------------------------------------
+
+
+def with_partners(
+    members: Iterable[Result], results: Iterable[Result], *, baseline: str
+) -> list[tuple[Result, Result]]:
+    """Runs, each with its partner of the baseline strategy; those without one are left out."""
+    members = list(members)
+    kinds = {baseline, *(member.protocol["strategy"] for member in members)}
+    others = (result for result in results if result.protocol["strategy"] in kinds)
+    if not members:
+        return []
+    paired = pairs(frame([*members, *others]), baseline)
+    own = {id(member) for member in members}
+    both = zip(paired["result"], paired[f"result{OTHER}"], strict=True)
+    return [(member, other) for member, other in both if id(member) in own]
+
+
+def partner(result: Result, results: Iterable[Result], strategy: str) -> Result | None:
+    """The run of ``strategy`` that a run is compared with; None without one."""
+    return next((other for _, other in with_partners([result], results, baseline=strategy)), None)
+
+
+def differences(
+    pairs: Iterable[tuple[Result, Result]], value: Callable[[Result], float | None]
+) -> list[float]:
+    """A number of each run less that of its partner, where both have it; in points."""
+    both = [(value(member), value(other)) for member, other in pairs]
+    return [own - other for own, other in both if own is not None and other is not None]
+
+
+def metric(column: str) -> Callable[[Result], float | None]:
+    """One run's number for a column of ``frames.COLUMNS``; None where it has none."""
+    return lambda result: numbers(result)[column]
+
+
+def final_accuracy(task: str) -> Callable[[Result], float | None]:
+    """One run's accuracy (%) on a task after the last one; None where it does not have that."""
+
+    def value(result: Result) -> float | None:
+        names = [own["name"] for own in result.protocol.get("tasks") or []]
+        measured = result.matrix is not None and task in names
+        return result.matrix[-1][names.index(task)] if measured else None
+
+    return value
+
+
+def all_tasks(results: Iterable[Result]) -> list[str]:
+    """The names of the tasks in results, each once, in the order of the lowest seed."""
+    return list(task_frame(results)["task"].unique())

@@ -10,11 +10,12 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bitstack_nb.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "torch",
@@ -31,9 +32,11 @@ def provenance(*, command: str | None = None) -> dict[str, Any]:
     """Describe this process as a JSON-able dict; what cannot be found out is None.
 
     ``command`` is the command line that repeats the run; by default the one that started this
-    process, quoted as a shell would take it. The date is UTC, ISO 8601.
+    process, quoted as a shell would take it. The date is UTC, ISO 8601. Threads and GPUs are those
+    of torch where it is loaded.
     """
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    torch = sys.modules.get("torch")
+    gpus = torch.cuda.device_count() if torch else 0
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command_line() if command is None else command,
@@ -41,8 +44,8 @@ def provenance(*, command: str | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": gpus,
+        "torch_threads": torch.get_num_threads() if torch else None,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(gpus)],
         # From the code: a clone that was not installed (Colab) has no metadata.
         "packages": {"bitstack_nb": __version__} | {name: _version(name) for name in PACKAGES},
         "git": git_state(Path(__file__).resolve()),
@@ -62,6 +65,8 @@ def peak_memory(before: dict[str, float], device: torch.device) -> dict[str, flo
         unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
         peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     if device.type == "cuda":
+        import torch
+
         peak["gpu"] = torch.cuda.max_memory_allocated(device) / (1 << 20)
     return {name: max(value, before.get(name, 0)) for name, value in peak.items()}
 

@@ -15,6 +15,7 @@ from bitstack_nb.results.packed import ARRAYS, RUNS, unpack
 from bitstack_nb.results.plain_json import plain, render
 
 FORMAT = 1
+_LISTS = ("matrix", "locks", "lock_stats")  # the other fields are dicts
 
 
 class ResultError(ValueError):
@@ -23,18 +24,28 @@ class ResultError(ValueError):
 
 @dataclass(kw_only=True)
 class Result:
-    """What one run gives. Everything is kept as plain JSON values; NaN and inf become None.
+    """The record of one run, kept as plain JSON values; NaN and infinities become None.
 
-    protocol: what was run; ``strategy``, ``tasks`` (dicts with ``name``, in order), ``seed``, ...
-    matrix: accuracies in percent, see ``metrics``; None only where ``provenance["published"]``
-    names the source of numbers that were not measured here. metrics: name -> value or None.
-    locks: the records of the last ``BitStack.layer_table()``. lock_stats: ``BitStack.stats()``
-    after each task. importance: what other sparsities would have locked, the record of a
-    ``LockCurves``. times: seconds, by stage; ``step`` is the mean of its training steps.
-    peak_memory: MiB. storage: ``bytes`` to keep beside one backbone and the heads, to predict every
-    task and to go on to another. drift: by group of weights, task 1's accuracy at the end with that
-    group as task 1 left it (``drift.attribute``). Raises ResultError, and TypeError for values that
-    JSON cannot hold.
+    Attributes:
+        protocol: the run's settings: ``strategy``, ``tasks`` (dicts with ``name``, in training
+            order), ``seed``, ...
+        matrix: accuracies in percent, see ``metrics``. It is None only where
+            ``provenance["published"]`` names the source of numbers that were not measured here.
+        metrics: name -> value or None.
+        locks: the records of the last ``layer_table()``.
+        lock_stats: ``stats()`` after each task.
+        importance: what other sparsities would have locked, the record of a ``LockCurves``.
+        times: seconds, by stage; ``step`` is the mean of a task's training steps.
+        peak_memory: MiB.
+        provenance: machine, versions, commit, command and data.
+        storage: ``bytes`` to keep beside one backbone and the heads, to predict every task and to
+            go on to another.
+        drift: by group of weights, task 1's accuracy at the end with that group as task 1 left it
+            (``drift.attribute``).
+
+    Raises:
+        ResultError: a field has the wrong form.
+        TypeError: JSON cannot hold a value.
     """
 
     protocol: dict[str, Any]
@@ -53,7 +64,7 @@ class Result:
         for item in fields(self):
             value = plain(getattr(self, item.name), item.name)
             setattr(self, item.name, value)
-            kind = list if item.name in ("matrix", "locks", "lock_stats") else dict
+            kind = list if item.name in _LISTS else dict
             if not isinstance(value, kind) and not (item.name == "matrix" and value is None):
                 raise ResultError(f"{item.name} must be a {kind.__name__}, got {value!r}")
         self._check_protocol()
@@ -63,6 +74,8 @@ class Result:
     def _check_protocol(self) -> None:
         if not isinstance(self.protocol.get("strategy"), str):
             raise ResultError(f"protocol needs a strategy, it has {sorted(self.protocol)}")
+        if not isinstance(self.protocol.get("seed"), int | None):
+            raise ResultError(f"protocol.seed must be a number, got {self.protocol['seed']!r}")
         tasks = self.protocol.get("tasks", [])
         if not isinstance(tasks, list):
             raise ResultError(f"protocol.tasks must be a list, got {tasks!r}")
@@ -71,7 +84,7 @@ class Result:
                 raise ResultError(f"protocol.tasks must be dicts with a name, got {task!r}")
 
     def _check_numbers(self) -> None:
-        """What tables and figures calculate with."""
+        """Check the numbers that tables and figures calculate with."""
         records = {"metrics": self.metrics, "storage": self.storage}
         records |= {f"lock_stats[{at}]": own for at, own in enumerate(self.lock_stats)}
         records |= {f"drift.{group}": own for group, own in self.drift.items()}
@@ -79,8 +92,7 @@ class Result:
             if not isinstance(record, dict):
                 raise ResultError(f"{where} must be a dict, got {record!r}")
             for name, value in record.items():
-                if value is not None and not _is_number(value):
-                    raise ResultError(f"{where}.{name} must be a number or null, got {value!r}")
+                _check_number(value, f"{where}.{name}")
         for at, record in enumerate(self.locks):
             if not isinstance(record, dict):
                 raise ResultError(f"locks[{at}] must be a dict, got {record!r}")
@@ -98,8 +110,7 @@ class Result:
         except ValueError as error:
             raise ResultError(str(error)) from error
         for value in (value for row in self.matrix for value in row):
-            if value is not None and not _is_number(value):
-                raise ResultError(f"the accuracy matrix must hold numbers or null, got {value!r}")
+            _check_number(value, "the accuracy matrix")
         tasks = self.protocol.get("tasks")
         if tasks is not None and len(tasks) != size:
             raise ResultError(f"the matrix has {size} rows, but protocol names {len(tasks)} tasks")
@@ -123,7 +134,7 @@ class Result:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Result:
-        """Read what ``save`` wrote. Raises ResultError naming the file and what is wrong in it."""
+        """Read the JSON of one run. Raises ResultError naming the file and what is wrong in it."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -138,8 +149,8 @@ class Result:
 def load_results(*paths: str | os.PathLike[str]) -> list[Result]:
     """Load results from files and folders, sorted by path.
 
-    A file is one run's JSON, or a ``runs.jsonl`` of many runs (see ``packed``). Of a folder, every
-    such file at any depth is loaded, once; ``*.state`` folders hold unfinished runs and are left
+    A file is one run's JSON, or a ``runs.jsonl`` (see ``packed``). Of a folder, every such file at
+    any depth is loaded, once. ``*.state`` folders hold unfinished runs and are left
     out. Raises ResultError for a path that is not there, for a folder without results and for
     every file that holds no result.
     """
@@ -147,10 +158,18 @@ def load_results(*paths: str | os.PathLike[str]) -> list[Result]:
     for path in map(Path, paths):
         files = _files(path) if path.is_dir() else [path]
         if not files:
-            raise ResultError(f"no result (*.json) in {path}: run something with that output first")
+            raise ResultError(
+                f"no result (*.json or {RUNS}) in {path}: run something with that output first"
+            )
         found.update(dict.fromkeys(file.resolve() for file in files))
     loaded = [_packed(file) if file.name == RUNS else [Result.load(file)] for file in found]
     return [result for results in loaded for result in results]
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted([*folder.rglob("*.json"), *folder.rglob(RUNS)])
+    suffixes = [{parent.suffix for parent in f.relative_to(folder).parents} for f in files]
+    return [f for f, above in zip(files, suffixes, strict=True) if ".state" not in above]
 
 
 def _packed(file: Path) -> list[Result]:
@@ -161,17 +180,6 @@ def _packed(file: Path) -> list[Result]:
             f"{file} and the {ARRAYS} beside it cannot be read ({error!r}): restore both files"
         ) from error
     return [_result(record, f"{file}, line {at}") for at, record in enumerate(records, 1)]
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is one to calculate with: JSON's integers may be beyond every float."""
-    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < 1e300
-
-
-def _files(folder: Path) -> list[Path]:
-    files = sorted([*folder.rglob("*.json"), *folder.rglob(RUNS)])
-    suffixes = [{parent.suffix for parent in f.relative_to(folder).parents} for f in files]
-    return [f for f, above in zip(files, suffixes, strict=True) if ".state" not in above]
 
 
 def _result(data: Any, where: str) -> Result:
@@ -191,14 +199,15 @@ def _checked(data: Any) -> dict[str, Any]:
             f"format {version}, this version reads {FORMAT}: use the bitstack_nb that wrote it "
             "or a newer one"
         )
-    names = {item.name for item in fields(Result)}
-    optional = {"importance", "storage", "drift"}  # runs recorded by earlier versions have none
-    source = data.get("provenance")
-    if isinstance(source, dict) and source.get("published"):
-        optional |= {"locks", "lock_stats", "times", "peak_memory"}
-    missing, unknown = names - optional - set(data), set(data) - names - {"format"}
+    missing = {"protocol", "matrix", "metrics"} - set(data)
+    unknown = set(data) - {item.name for item in fields(Result)} - {"format"}
     if missing or unknown:
         raise ResultError(
             f"not a whole result: missing {sorted(missing)}, not known here {sorted(unknown)}"
         )
     return {name: value for name, value in data.items() if name != "format"}
+
+
+def _check_number(value: Any, where: str) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ResultError(f"{where} must be a number or null, got {value!r}")

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bitstack_nb.results.frames import COLUMNS, averages, frame, settings_of
 from bitstack_nb.results.metrics import mean_interval
-from bitstack_nb.results.plain_json import canonical
-from bitstack_nb.results.result import Result, ResultError
-from bitstack_nb.settings import CONTROLS
+from bitstack_nb.results.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# Table column -> heading. In percent or points if nothing else is said; the half width stands in
-# "<column>_interval".
-COLUMNS = {
-    "average_accuracy": "average accuracy",
-    "learning_accuracy": "learning accuracy",
-    "forgetting": "forgetting",
-    "forgetting_chaudhry": "forgetting (Chaudhry)",
-    "first_task_after_last": "task 1 after the last",
-    "locked_of_eligible": "locked % of eligible",
-    "locked_of_all": "locked % of all",
-    "storage_per_task": "kB per task",
-    "time_per_step": "ms per step",
-}
 
 
 class Configuration(NamedTuple):
@@ -38,49 +22,66 @@ class Configuration(NamedTuple):
 
 
 def configurations(results: Iterable[Result]) -> list[Configuration]:
-    """Results by configuration: the protocol without the seed and the order of the tasks.
+    """Results by configuration, in the order of ``table``; the runs of each by seed and order.
 
-    ``shown`` has strategy, sparsity, budget; every other protocol entry that differs between the
-    configurations; ``published`` (the source) where there are such results, which never mix with
-    measured ones; ``data`` where it is synthetic. Sorted by what is shown, the runs of each by seed
-    and order of the tasks. Raises ResultError without results, and where a seed and order occur in
-    a configuration with two different results, as counting both would feign a narrower interval.
+    Raises ResultError as ``frames.frame`` does.
     """
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        group = groups.setdefault(canonical(_configuration(result)), [])
-        if result not in group:  # one run that was given twice
-            group.append(result)
-    if not groups:
-        raise ResultError("there are no results: give at least one")
-    entries = [json.loads(key) for key in groups]
-    names = _shown_columns(entries)
-    found = []
-    for configuration, members in zip(entries, groups.values(), strict=True):
-        _check_distinct(members)
-        shown = {name: _shown(name, configuration.get(name)) for name in names}
-        found.append(Configuration(shown, sorted(members, key=lambda m: _sort_keys(_draw(m)))))
-    return sorted(found, key=lambda item: _sort_keys(item.shown.values()))
+    runs = frame(results)
+    members = {key: list(own["result"]) for key, own in runs.groupby("configuration")}
+    rows = shown(runs).astype(object)
+    rows = rows.where(rows.notna(), None)
+    return [
+        Configuration(row, members[key])
+        for key, row in zip(rows.index, rows.to_dict("records"), strict=True)
+    ]
+
+
+def shown(runs: pd.DataFrame) -> pd.DataFrame:
+    """The settings that tell configurations apart, one row for each, sorted.
+
+    Always strategy, sparsity and budget; then by name every setting that differs, but not one that
+    only other strategies have; ``published`` where there are such numbers, ``data`` where it is
+    synthetic.
+    """
+    always = ["strategy", "sparsity", "budget"]
+    of_kind = runs.groupby([n for n in ("strategy", "published") if n in runs], dropna=False)
+    further = [
+        name
+        for name in settings_of(runs)
+        if name == "published"
+        or (name == "data" and runs[name].str.contains("synthetic").any())
+        or runs[name].nunique() > 1
+        or (of_kind[name].nunique(dropna=False) > 1).any()
+    ]
+    names = always + sorted({*further} - {*always})
+    rows = runs.drop_duplicates("configuration").set_index("configuration")
+    return rows.reindex(columns=names).sort_values(names, na_position="first", kind="stable")
 
 
 def table(results: Iterable[Result]) -> pd.DataFrame:
     """One row per configuration: means and intervals over its seeds.
 
-    Columns: what ``configurations`` shows; ``seeds`` (how many); then each of COLUMNS and, as
+    Columns: what ``shown`` gives; ``seeds`` (how many); then each of ``frames.COLUMNS`` and, as
     ``<column>_interval``, the half width of its 95 % Student interval, NaN for one seed. A mean is
     NaN where a seed lacks it, but for time per step, which is of the seeds that have recorded it.
     Storage is left out where no run has recorded it, time unless all configurations have: some of
-    them would compare nothing. Raises ResultError as ``configurations`` does.
+    them would compare nothing. Raises ResultError as ``frames.frame`` does.
     """
-    import pandas as pd
+    return by_configuration(frame(results)).reset_index(drop=True)
 
-    frame = pd.DataFrame(
-        item.shown | {"seeds": len(item.results)} | _averages(item.results)
-        for item in configurations(results)
-    )
-    unknown = ["storage_per_task"] if frame["storage_per_task"].isna().all() else []
-    unknown += ["time_per_step"] if frame["time_per_step"].isna().any() else []
-    return frame.drop(columns=[f"{name}{end}" for name in unknown for end in ("", "_interval")])
+
+def by_configuration(runs: pd.DataFrame) -> pd.DataFrame:
+    """``table`` of ``frames.frame``, with ``configuration`` as its index."""
+    groups = runs.groupby("configuration")
+    found = averages(runs, COLUMNS)
+    for name in [*COLUMNS][:-1]:
+        # A seed that is left out would change what an accuracy is the mean of; a time it does not.
+        lacking = groups[name].count() < groups.size()
+        found.loc[lacking, [name, f"{name}_interval"]] = float("nan")
+    unknown = ["storage_per_task"] if found["storage_per_task"].isna().all() else []
+    unknown += ["time_per_step"] if found["time_per_step"].isna().any() else []
+    found = found.drop(columns=[f"{name}{end}" for name in unknown for end in ("", "_interval")])
+    return shown(runs).assign(seeds=groups.size()).join(found)
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
@@ -116,124 +117,33 @@ def provenance_table(results: Iterable[Result]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    origins: dict[str, dict[str, Any]] = {}
+    rows = []
     for result in results:
-        origin = result.provenance
+        origin, protocol = result.provenance, result.protocol
         if origin.get("published"):
             continue
         git = origin["git"] or {"commit": None, "dirty": None}
-        row = {
-            "data": _shown("data", result.protocol["data"]),
-            "model": result.protocol["model"],
-            "hardware": ", ".join(origin["gpus"]) or f"{origin['cpu']}, {origin['cores']} cores",
-            "commit": f"{(git['commit'] or 'unknown')[:10]}{' + changes' if git['dirty'] else ''}",
-            **{name: version or "-" for name, version in origin["packages"].items()},
-        }
-        own = origins.setdefault(canonical(row), row | {"runs": 0, "dates": set(), "seeds": set()})
-        own["runs"] += 1
-        own["dates"].add(origin["date"][:10])
-        own["seeds"].add(result.protocol["seed"])
-    columns = [
-        {name: ", ".join(map(str, sorted(v))) if isinstance(v, set) else v for name, v in o.items()}
-        for o in origins.values()
-    ]
-    return pd.DataFrame(columns).T
+        rows.append(
+            {
+                "data": protocol["data"],
+                "model": protocol["model"],
+                "hardware": ", ".join(origin["gpus"]) or "{cpu}, {cores} cores".format(**origin),
+                "commit": (git["commit"] or "unknown")[:10] + " + changes" * bool(git["dirty"]),
+                **origin["packages"],
+                "date": origin["date"][:10],
+                "seed": protocol["seed"],
+            }
+        )
+    if not rows:
+        return pd.DataFrame()
+    found = pd.DataFrame(rows).fillna("-")
+    origins = found.groupby([n for n in found if n not in ("date", "seed")], sort=False)
+    listed = {"dates": ("date", _listed), "seeds": ("seed", _listed)}
+    return origins.agg(runs=("seed", "size"), **listed).reset_index().T
 
 
-def _configuration(result: Result) -> dict[str, Any]:
-    """The protocol less what belongs to the seed, and whether the numbers are published ones."""
-    entries = {k: v for k, v in result.protocol.items() if k != "seed" and v is not None}
-    if "sparsity" in entries and entries["strategy"] not in CONTROLS:
-        entries.setdefault("importance", "gradient")  # what a protocol without one means
-    if "tasks" in entries:
-        entries["tasks"] = sorted(entries["tasks"], key=lambda task: task["name"])
-    published = result.provenance.get("published")
-    return entries | ({"published": published} if published else {})
-
-
-def _shown_columns(configurations: list[dict[str, Any]]) -> list[str]:
-    """Strategy, sparsity, budget, then what differs or must be said, by name."""
-    always = ["strategy", "sparsity", "budget"]
-    names = set().union(*configurations) - set(always)
-    return always + sorted(name for name in names if _is_shown(name, configurations))
-
-
-def _is_shown(name: str, configurations: list[dict[str, Any]]) -> bool:
-    """Whether an entry differs; a setting that only other strategies have is no difference."""
-    values: dict[str, set[str]] = {}
-    for entries in configurations:
-        kind = canonical([entries["strategy"], entries.get("published")])
-        values.setdefault(kind, set()).add(canonical(entries.get(name)))
-    present = set().union(*values.values()) - {"null"}
-    differs = len(present) > 1 or any(len(own) > 1 for own in values.values())
-    return differs or name == "published" or (name == "data" and '"embedded"' in present)
-
-
-def _check_distinct(members: list[Result]) -> None:
-    """The order of the tasks belongs to the seed; the pair has to be there once."""
-    seen = set()
-    for member in members:
-        draw = _draw(member)
-        if draw in seen:
-            raise ResultError(
-                f"seed {draw[0]} of strategy {member.protocol['strategy']!r} has two different "
-                f"results with the tasks {draw[1]}: leave one of them out"
-            )
-        seen.add(draw)
-
-
-def _draw(result: Result) -> tuple[Any, str]:
-    names = [task["name"] for task in result.protocol.get("tasks") or []]
-    return result.protocol.get("seed"), canonical(names)
-
-
-def _averages(members: list[Result]) -> dict[str, float]:
-    row = {}
-    for name in COLUMNS:
-        found = [column_value(member, name) for member in members]
-        values = [value for value in found if value is not None]
-        # A seed that is left out would change what an accuracy is the mean of; a time it does not.
-        whole = len(values) == len(found) or name == "time_per_step"
-        row[name], row[f"{name}_interval"] = mean_and_half(values if whole else [])
-    return row
-
-
-def mean_and_half(values: list[float]) -> tuple[float, float]:
-    """``metrics.mean_interval`` as frames hold it: NaN for what there are too few values for."""
-    mean, half = mean_interval(values) if values else (math.nan, None)
-    return mean, math.nan if half is None else half
-
-
-def column_value(result: Result, name: str) -> float | None:
-    """One run's number for a column of COLUMNS; None where it has none."""
-    locked = {"locked_of_eligible": "frozen_pct", "locked_of_all": "locked_pct"}
-    if name in locked:
-        return result.lock_stats[-1].get(locked[name]) if result.lock_stats else None
-    if name == "storage_per_task":
-        stored = result.storage.get("bytes")
-        return None if stored is None else stored / 1000 / len(result.protocol["tasks"])
-    if name == "time_per_step":
-        steps = result.times.get("step")
-        return None if not steps or None in steps else 1000 * sum(steps) / len(steps)
-    return result.metrics.get(name)
-
-
-def _shown(name: str, value: Any) -> Any:
-    """A protocol entry as a table shows it."""
-    if name == "tasks" and value:
-        return ", ".join(task["name"] for task in value)
-    if name == "data" and value == "embedded":
-        return "embedded (synthetic)"
-    return canonical(value) if isinstance(value, list | dict) else value
-
-
-def _sort_keys(values: Iterable[Any]) -> list[tuple[int, float, str]]:
-    """Order what is absent before numbers before text."""
-    numbers = int | float
-    return [
-        (0, 0.0, "") if v is None else (1, v, "") if isinstance(v, numbers) else (2, 0.0, str(v))
-        for v in values
-    ]
+def _listed(values: pd.Series) -> str:
+    return ", ".join(map(str, sorted(values.unique())))
 
 
 def _cell(value: Any, half: float | None, is_metric: bool) -> str:
@@ -242,3 +152,9 @@ def _cell(value: Any, half: float | None, is_metric: bool) -> str:
     if is_metric:
         return f"{value:.1f}" if half != half else f"{value:.1f} ± {half:.1f}"
     return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """``metrics.mean_interval`` as frames hold it: NaN for what there are too few values for."""
+    mean, half = mean_interval(values) if values else (math.nan, None)
+    return mean, math.nan if half is None else half

@@ -1,4 +1,4 @@
-"""Metrics: hand-computed matrices, what cannot be computed, and Student intervals."""
+"""Metrics of matrices worked by hand, numbers that cannot be computed, and Student intervals."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from bitstack_nb.results import metrics
 
 # Task 1 rises before it falls, so the two definitions of forgetting differ.
 RISING = [[80.0, None, None], [90.0, 70.0, None], [60.0, 65.0, 75.0]]
-NOT_SQUARE = [[None, None], [None, None], [70.0, 90.0]]
 
 
 def test_values_of_a_matrix_worked_by_hand():
-    found = metrics.summarize(RISING)
-    assert found == pytest.approx(
+    assert metrics.summarize(RISING) == pytest.approx(
         {
             "average_accuracy": (60 + 65 + 75) / 3,
             "learning_accuracy": (80 + 70 + 75) / 3,
@@ -46,18 +44,13 @@ def test_relations_that_hold_for_every_matrix():
         assert full["backward_transfer"] == pytest.approx(-full["forgetting"])
         lost = full["learning_accuracy"] - full["average_accuracy"]
         assert lost == pytest.approx(full["forgetting"] * (tasks - 1) / tasks)
-        # What stands above the diagonal is no accuracy of a trained task.
+        # A value above the diagonal is no accuracy of a trained task.
         matrix[np.triu_indices(tasks, 1)] = np.nan
         assert metrics.summarize(matrix) == full
 
 
-def test_none_and_nan_are_the_same():
-    as_nan = np.array([[math.nan if v is None else v for v in row] for row in RISING])
-    assert metrics.summarize(as_nan) == metrics.summarize(RISING)
-
-
 def test_no_forgetting_is_plain_zero():
-    found = metrics.summarize([[50, None], [50, 60]])
+    found = metrics.summarize([[50, math.nan], [50, 60]])
     assert math.copysign(1, found["backward_transfer"]) == 1
     assert found["backward_transfer"] == found["forgetting"] == 0
 
@@ -71,24 +64,20 @@ def test_what_was_not_measured_gives_none():
     single = metrics.summarize([[75.0]])
     assert single["average_accuracy"] == single["learning_accuracy"] == 75
     assert single["forgetting"] is single["forgetting_chaudhry"] is None
-    assert len(metrics.forgetting_per_task([[75.0]])) == 0
     # A maximum over a row that is missing would be too low: unknown, not wrong.
     gap = [[80, None, None], [None, 70, None], [60, 65, 75]]
     assert metrics.summarize(gap)["forgetting_chaudhry"] is None
-    unfinished = metrics.summarize([[80, None], [None, None]])
-    assert set(unfinished.values()) == {None}
 
 
 @pytest.mark.parametrize(
     ("matrix", "words"),
     [
-        (NOT_SQUARE, r"\(3, 2\)"),
+        ([[None, None], [None, None], [70.0, 90.0]], r"\(3, 2\)"),
         ([], r"\(0,\)"),
         ([[1, 2], [3]], "equal length"),
         ([["high"]], "numbers or None"),
         ([[100.5]], "100.5"),
         ([[-1]], "-1"),
-        ([[math.inf]], "inf"),
     ],
 )
 def test_bad_matrices_are_named(matrix, words):
@@ -98,26 +87,19 @@ def test_bad_matrices_are_named(matrix, words):
 
 @pytest.mark.parametrize(
     ("confidence", "degrees", "expected"),
-    [  # printed tables of Student's t, two-sided
+    [  # printed tables of Student's t, two-sided; the last is the normal distribution's
         (0.95, 1, 12.7062),
         (0.95, 2, 4.3027),
-        (0.95, 3, 3.1824),
         (0.95, 4, 2.7764),
         (0.95, 9, 2.2622),
-        (0.95, 30, 2.0423),
         (0.95, 120, 1.9799),
-        (0.99, 1, 63.6567),
         (0.99, 2, 9.9248),
         (0.90, 5, 2.0150),
-        (0.50, 1, 1.0),
+        (0.95, 100_001, 1.95999),
     ],
 )
 def test_student_quantile(confidence, degrees, expected):
     assert metrics.student_quantile(confidence, degrees) == pytest.approx(expected, abs=6e-5)
-
-
-def test_student_quantile_tends_to_the_normal_one():
-    assert metrics.student_quantile(0.95, 100_001) == pytest.approx(1.959964, abs=5e-5)
 
 
 def test_mean_interval():
@@ -125,7 +107,6 @@ def test_mean_interval():
     assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3))
     assert metrics.mean_interval([5.0]) == (5.0, None)
     assert metrics.mean_interval([4.0, 4.0]) == (4.0, 0.0)
-    assert metrics.mean_interval([1.0, 2.0, 3.0], 0.99)[1] > half
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
@@ -139,10 +120,3 @@ def test_interval_covers_the_mean_as_often_as_it_says():
 def test_an_interval_needs_finite_numbers(values):
     with pytest.raises(ValueError, match="finite numbers"):
         metrics.mean_interval(values)
-
-
-def test_other_bad_arguments():
-    with pytest.raises(ValueError, match="95"):
-        metrics.mean_interval([1.0, 2.0], 95)
-    with pytest.raises(ValueError, match="at least 1"):
-        metrics.student_quantile(0.95, 0)

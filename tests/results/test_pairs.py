@@ -6,9 +6,9 @@ import re
 import pytest
 from toy_results import TASKS, published, run
 
-from bitstack_nb.figures.reports import summary
+from bitstack_nb.results.frames import frame
 from bitstack_nb.results.metrics import mean_interval
-from bitstack_nb.results.pairs import METRICS, paired_table, partner, verdict
+from bitstack_nb.results.pairs import METRICS, paired_table, pairs, verdict
 from bitstack_nb.results.result import ResultError
 
 SEEDS = range(4)
@@ -25,6 +25,13 @@ def shifted(points: list[float]) -> list:
     return pairs
 
 
+def partner(result, others, strategy="finetune"):
+    """The run of a strategy that a result is compared with, or None."""
+    paired = pairs(frame([result, *others]), strategy)
+    mine = paired[[own is result for own in paired["result"]]]
+    return mine["result_other"].item() if len(mine) else None
+
+
 def test_a_partner_agrees_in_all_that_both_say():
     own = run(seed=1, learning_rate=1e-4)
     others = [
@@ -34,52 +41,54 @@ def test_a_partner_agrees_in_all_that_both_say():
         run("finetune", 1, learning_rate=1e-4, tasks=TASKS[::-1]),
         published("finetune", 14.5),
     ]
-    assert partner(own, others, "finetune") is None
+    assert partner(own, others) is None
     match = run("finetune", 1, learning_rate=1e-4)
-    assert partner(own, [*others, match], "finetune") is match
+    assert partner(own, [*others, match]) is match
 
 
 def test_a_baseline_tuned_by_itself_is_paired_across_rates():
     """Only where it was run at one rate, whatever the seed: else nobody says which was tuned."""
     own = run("recall", 1, learning_rate=1e-3, head_learning_rate=1e-2)
     tuned = [run("finetune", seed, learning_rate=5e-5) for seed in SEEDS]
-    assert partner(own, tuned, "finetune") is tuned[1]
+    assert partner(own, tuned) is tuned[1]
     several = [*tuned, run("finetune", 2, learning_rate=1e-3)]
-    assert partner(own, several, "finetune") is None
+    assert partner(own, several) is None
     equal = run("finetune", 1, learning_rate=1e-3, head_learning_rate=1e-2)
-    assert partner(own, [*several, equal], "finetune") is equal
-    assert partner(own, [run("finetune", 1, learning_rate=1e-3)], "finetune") is not None
+    assert partner(own, [*several, equal]) is equal
     other = run("finetune", 3, learning_rate=1e-3, data="elsewhere")  # no run on these data
-    assert partner(own, [*tuned, other], "finetune") is tuned[1]
+    assert partner(own, [*tuned, other]) is tuned[1]
 
 
 def test_a_baseline_at_one_warm_up_is_paired_across_warm_ups():
     """Where it was run at several, at the equal one; rates are then compared among those."""
     own = run("recall", 1, learning_rate=1e-3, warmup_steps=6)
     tuned = [run("finetune", seed, learning_rate=5e-5, warmup_steps=20) for seed in SEEDS]
-    assert partner(own, tuned, "finetune") is tuned[1]
+    assert partner(own, tuned) is tuned[1]
     several = [*tuned, run("finetune", 2, learning_rate=5e-5, warmup_steps=10)]
-    assert partner(own, several, "finetune") is None
+    assert partner(own, several) is None
     equal = run("finetune", 1, learning_rate=2e-4, warmup_steps=6)
-    assert partner(own, [*several, equal], "finetune") is equal
+    assert partner(own, [*several, equal]) is equal
 
 
 @pytest.mark.parametrize(
-    "settings", [{"epochs": 2}, {"data": "x"}, {"model": "x"}, {"train_size": 5}]
+    "settings", [{"epochs": 2}, {"data": "x"}, {"model": "x"}, {"train_size": 5}, {"head_steps": 4}]
 )
 def test_a_partner_has_the_same_budget_data_and_model(settings):
-    assert partner(run(), [run("finetune", **settings)], "finetune") is None
-    assert partner(run(**settings), [run("finetune")], "finetune") is None
+    assert partner(run(), [run("finetune", **settings)]) is None
+    assert partner(run(**settings), [run("finetune")]) is None
 
 
 def test_settings_that_only_one_of_two_strategies_has_are_no_difference():
     lora = run("lora", rank=8)
     assert partner(run("ewc", strength=10), [lora], "lora") is lora
     assert partner(lora, [locked := run("bitstack")], "bitstack") is locked
-    drawn = {"sparsity": 0.12, "budget": "union"}
-    assert partner(run("random-mask", **drawn), [locked], "bitstack") is locked
-    fresh = {**drawn, "budget": "fresh"}
+    same = {"sparsity": 0.12, "budget": "union"}
+    assert partner(run("random-mask", **same), [locked], "bitstack") is locked
+    fresh = {**same, "budget": "fresh"}
     assert partner(run("random-mask", **fresh), [locked], "bitstack") is None
+    chosen = {"sparsity": 0.05, "importance": "random"}  # exact recall fits heads by itself
+    fitted = run("single", head_steps=32)
+    assert partner(run("recall", **chosen), [fitted], "single") is fitted
 
 
 @pytest.mark.parametrize("column", METRICS)
@@ -127,24 +136,3 @@ def test_what_cannot_be_judged_is_said():
         paired_table([run("bitstack", 0), run("finetune", 1)])
     with pytest.raises(ResultError, match="2: choose"):
         verdict([*RESULTS, run("bitstack", 0, budget="fresh")])
-
-
-def test_the_summary_names_settings_where_nothing_else_tells_rows_apart():
-    rates = [run("bitstack", 0, learning_rate=rate) for rate in (1e-5, 3e-5)]
-    assert list(summary(rates)["learning_rate"]) == [1e-5, 3e-5]
-    assert "learning_rate" not in summary([rates[0], run("finetune", 0, learning_rate=3e-5)])
-
-
-def test_the_summary_is_sorted_and_paired_with_separate_models():
-    runs = [run(name, seed) for name in ("finetune", "bitstack", "single") for seed in range(3)]
-    frame = summary(runs)
-    assert list(frame["average_accuracy"]) == sorted(frame["average_accuracy"], reverse=True)
-    assert "locked_of_all" not in frame
-    by_strategy = frame.set_index("strategy")
-    assert math.isnan(by_strategy.loc["single", "minus_separate_models"])
-    accuracies = [[r.metrics["average_accuracy"] for r in runs[at : at + 3]] for at in (3, 6)]
-    mean, half = mean_interval([own - other for own, other in zip(*accuracies, strict=True)])
-    assert "learning_rate" not in frame
-    row = by_strategy.loc["bitstack"]
-    assert row["minus_separate_models"] == pytest.approx(mean)
-    assert row["minus_separate_models_interval"] == pytest.approx(half)

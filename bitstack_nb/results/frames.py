@@ -28,6 +28,7 @@ COLUMNS = {
     "storage_per_task": "kB per task",
     "time_per_step": "ms per step",
 }
+SYNTHETIC = "embedded (synthetic)"
 # Strategies to which importance says how many weights to lock, and not which.
 _CONTROLS = ("random-mask", "magnitude-mask")
 
@@ -144,5 +145,5 @@ def _cell(name: str, value: Any) -> Any:
     if name == "tasks":
         return ", ".join(task["name"] for task in value)
     if (name, value) == ("data", "embedded"):
-        return "embedded (synthetic)"
+        return SYNTHETIC
     return canonical(value) if isinstance(value, list | dict) else value

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bitstack_nb.results.frames import COLUMNS, averages, frame, settings_of
+from bitstack_nb.results.frames import COLUMNS, SYNTHETIC, averages, frame, settings_of
 from bitstack_nb.results.metrics import mean_interval
 from bitstack_nb.results.result import Result
 
@@ -49,7 +49,7 @@ def shown(runs: pd.DataFrame) -> pd.DataFrame:
         name
         for name in settings_of(runs)
         if name == "published"
-        or (name == "data" and runs[name].str.contains("synthetic").any())
+        or (name == "data" and runs[name].eq(SYNTHETIC).any())
         or runs[name].nunique() > 1
         or (of_kind[name].nunique(dropna=False) > 1).any()
     ]

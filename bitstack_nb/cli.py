@@ -23,22 +23,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The folders of results that ``figures`` draws, each by itself: their protocols differ in more than
-# the labels of one figure can say.
-RECORDED = tuple(
-    Path("results", name)
-    for name in (
-        "evidence",
-        "ablation",
-        "stronger",
-        "twenty/all-tests",
-        "twenty/200-tests",
-        "twenty/40-tests",
-        "earlier/plain-heads",
-        "earlier/same-rate",
-        "earlier/more-texts",
-    )
+# ``figures`` draws each of these by itself: their protocols differ in more than labels can say.
+_DRAWN = (
+    "evidence ablation stronger twenty/all-tests twenty/200-tests twenty/40-tests "
+    "earlier/plain-heads earlier/same-rate earlier/more-texts"
 )
+RECORDED = tuple(Path("results", name) for name in _DRAWN.split())
 RECORDED_COSTS = Path("results", "cost")  # a file per device
 SYNTHETIC = (
     "Data: embedded, synthetic. These numbers show that the program works, not how well the method "
@@ -121,20 +111,25 @@ def one_run(protocol: Protocol, options: argparse.Namespace) -> list[str]:
 def _figures(options: argparse.Namespace) -> None:
     from bitstack_nb.cost.plots import write_cost_figures
     from bitstack_nb.cost.report import CostReport
+
+    if options.results:
+        _draw(options.results, options.output)
+        return
+    for folder in RECORDED:
+        _draw([folder], options.output / folder.relative_to("results"))
+    for recorded in sorted(RECORDED_COSTS.glob("*.json")):
+        folder = options.output / f"cost-{recorded.stem}"
+        print(*write_cost_figures(CostReport.load(recorded), folder), sep="\n")
+
+
+def _draw(results: Sequence[Path], output: Path) -> None:
     from bitstack_nb.figures.figures import write_figures
     from bitstack_nb.results.result import load_results
 
-    drawn = {options.output / folder.relative_to("results"): [folder] for folder in RECORDED}
-    for output, results in (
-        {options.output: options.results} if options.results else drawn
-    ).items():
-        files, left_out = write_figures(load_results(*results), output)
-        print(*files, sep="\n")
-        for name, why in left_out.items():
-            print(f"no {name}: {why}")
-    for recorded in [] if options.results else sorted(RECORDED_COSTS.glob("*.json")):
-        folder = options.output / f"cost-{recorded.stem}"
-        print(*write_cost_figures(CostReport.load(recorded), folder), sep="\n")
+    files, left_out = write_figures(load_results(*results), output)
+    print(*files, sep="\n")
+    for name, why in left_out.items():
+        print(f"no {name}: {why}")
 
 
 def _cost(options: argparse.Namespace) -> None:

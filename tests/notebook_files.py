@@ -1,7 +1,7 @@
-"""The notebooks as committed: ``python tests/notebook_files.py [FILE ...]`` runs and writes them.
+"""The committed notebooks: ``python tests/notebook_files.py [FILE ...]`` runs and writes them.
 
-Run on the preset smoke, and stripped of what differs from run to run: timings, the kernel's
-version, widgets (no kernel stands behind them any more) and stderr (progress bars).
+They run on the preset smoke. Outputs that differ from run to run are left out: timings, the
+kernel's version, widgets (they need the kernel) and stderr (progress bars).
 """
 
 import os
@@ -20,7 +20,7 @@ _METADATA = {
     "language_info": {"name": "python"},
 }
 _ON_A_GPU = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}}
-_SAME_WITHOUT = ("01_smoke_test.ipynb", "04_mask_visualization.ipynb")  # Colab need lend them none
+_NO_GPU = ("01_smoke_test.ipynb", "04_mask_visualization.ipynb")  # too small to need one
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -36,12 +36,12 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def metadata(file: Path) -> dict[str, Any]:
-    """What a notebook tells Colab and Jupyter about itself."""
-    return _METADATA if file.name in _SAME_WITHOUT else _METADATA | _ON_A_GPU
+    """A notebook's metadata for Colab and Jupyter."""
+    return _METADATA if file.name in _NO_GPU else _METADATA | _ON_A_GPU
 
 
 def refresh(file: Path) -> None:
-    """Run a notebook in place of its own outputs; an error leaves the file as it was."""
+    """Run a notebook and write it with new outputs; an error leaves the file as it was."""
     notebook = read(file)
     NotebookClient(
         notebook,

@@ -1,4 +1,4 @@
-"""Tasks, their texts, and backbones: from the Hub, from folders, or made on the spot."""
+"""Tasks, their samples, and backbones: from the Hub, from folders, or built without a download."""
 
 from bitstack_nb.lazy import attach
 

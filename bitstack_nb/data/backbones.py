@@ -1,7 +1,7 @@
-"""A backbone: a transformers sequence classifier in float32, its tokenizer, and batches for it.
+"""A backbone: a transformers sequence classifier in float32, its tokenizer, and its batches.
 
-Scope: loading by Hub name or local folder, or the tiny GPT-2 made on the spot; texts to token
-columns; token columns to padded batches. Heads, one per task, are in ``heads``.
+Scope: loading by Hub name or local folder, or building the tiny GPT-2; texts to token columns;
+token columns to padded batches. The heads of the tasks are in ``benchmark/heads.py``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 import transformers
 from torch import nn
 
-from bitstack_nb.data.checkpoints import load_pretrained
 from bitstack_nb.data.errors import BackboneError
+from bitstack_nb.data.pretrained import load_pretrained
 
 TINY = "tiny-gpt2"
 _TINY_POSITIONS = 256
@@ -26,16 +26,16 @@ _TINY_POSITIONS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A sequence classifier and what goes with it.
+    """A sequence classifier with its tokenizer and the record of its origin.
 
     Attributes:
         model: a float32 ``...ForSequenceClassification``.
-        tokenizer: ready to pad for that model.
-        name: the Hub name, folder or ``"tiny-gpt2"`` it was asked for by.
-        max_length: tokens that a text is cut to.
+        tokenizer: pads on the side that the model needs.
+        name: the Hub name, the folder or ``"tiny-gpt2"``.
+        max_length: texts are cut to this many tokens.
         provenance: JSON-able. ``source`` is ``"hub"`` (with ``revision``, the commit), ``"folder"``
             (with ``sha256`` per weight file) or ``"built"`` (with ``seed`` and ``vocabulary``, the
-            version of the embedded grammar); ``backbone_parameters`` counts all but the head's.
+            version of the embedded tasks); ``backbone_parameters`` counts all but the head's.
     """
 
     model: transformers.PreTrainedModel
@@ -49,26 +49,27 @@ def load_backbone(name: str, *, max_length: int, seed: int) -> Backbone:
     """Load a sequence classifier of transformers with its tokenizer, on the CPU.
 
     Args:
-        name: ``"tiny-gpt2"`` (made on the spot), a local folder, or a name on the Hub.
-        max_length: tokens that a text is cut to.
-        seed: draws the weights that the checkpoint lacks (the head's, as a rule; for the tiny
-            GPT-2, all). The global random state is left as found.
+        name: ``"tiny-gpt2"`` (built with random weights), a local folder, or a name on the Hub.
+        max_length: texts are cut to this many tokens.
+        seed: of the random weights: those that the files lack, usually the head, or all of the
+            tiny GPT-2. The global random state is left as found.
 
     Raises:
-        BackboneError: unknown name, no network, a folder that holds no model or no tokenizer, no
-            sequence classifier for the architecture, ``max_length`` beyond the model's positions.
+        BackboneError: the name is unknown, gated or out of reach; the folder lacks a model or a
+            tokenizer; the architecture has no sequence classifier; ``max_length`` exceeds the
+            model's positions.
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
         raise BackboneError(f"max_length must be a positive whole number, got {max_length!r}")
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that would also reseed every GPU, which the fork leaves out.
+        # torch.manual_seed would also reseed every GPU, which the fork leaves out.
         torch.default_generator.manual_seed(seed)
         model, tokenizer, source = _build_tiny(seed) if name == TINY else load_pretrained(name)
     limit = _positions(model)
     if limit is not None and max_length > limit:
         raise BackboneError(
             f"{name}: max_length {max_length} is more than the model's {limit} positions;"
-            f" take at most {limit}"
+            f" use at most {limit}"
         )
     _prepare(model, tokenizer, name)
     count = sum(parameter.numel() for parameter in model.base_model.parameters())
@@ -82,17 +83,18 @@ def load_backbone(name: str, *, max_length: int, seed: int) -> Backbone:
 
 
 def encode(data: datasets.Dataset, backbone: Backbone) -> datasets.Dataset:
-    """Tokenize and cut at ``backbone.max_length``; in memory and unpadded.
+    """Tokenize texts and cut them at ``backbone.max_length``, without padding.
 
     Args:
         data: columns ``text`` (str) and ``label`` (int).
+        backbone: its tokenizer is used.
 
     Returns:
-        The rows in order, with the columns that the model's tokenizer makes (``input_ids``,
+        The rows in order, in memory: the columns of the tokenizer (``input_ids``,
         ``attention_mask``, for some ``token_type_ids``), ``labels`` and ``length`` (in tokens).
 
     Raises:
-        BackboneError: no rows, or another set of columns.
+        BackboneError: there are no rows, or a column is absent.
     """
     if len(data) == 0 or not {"text", "label"} <= set(data.column_names):
         raise BackboneError(
@@ -104,14 +106,13 @@ def encode(data: datasets.Dataset, backbone: Backbone) -> datasets.Dataset:
 
 
 def collate(backbone: Backbone) -> Callable[[list[Mapping[str, Any]]], dict[str, torch.Tensor]]:
-    """Return a function that makes a padded batch of rows that :func:`encode` gave.
+    """Return a function that pads encoded rows into a batch of int64 tensors.
 
-    The batch holds int64 tensors: the model's inputs ``[rows, longest]``, ``labels`` ``[rows]``,
-    and, if the rows have an integer ``task``, ``task`` ``[rows]``. For decoders the padding is on
-    the left and ``position_ids`` count from each row's first token, so that the logits do not
-    depend on how much padding a batch needs. Other keys are dropped.
+    The batch holds the model's inputs ``[rows, longest]``, ``labels`` ``[rows]`` and, if the rows
+    have one, ``task`` ``[rows]``. Decoders are padded on the left, and ``position_ids`` count from
+    each row's first token, so that the logits do not depend on the amount of padding.
     """
-    # A partial of a module's function can be pickled, which data loader workers may need.
+    # A partial of a module's function can be pickled for the workers of a data loader.
     takes_positions = "position_ids" in _forward_parameters(backbone.model)
     return partial(
         _pad,
@@ -126,12 +127,11 @@ def _tokenize(
     tokenizer: transformers.PreTrainedTokenizerBase,
     max_length: int,
 ) -> dict[str, list[Any]]:
-    texts = [text if text else "" for text in batch["text"]]
+    texts = [text or "" for text in batch["text"]]
     encoded = tokenizer(texts, truncation=True, max_length=max_length)
     blank = tokenizer(".", truncation=True, max_length=max_length)
     for row, tokens in enumerate(encoded["input_ids"]):
-        # A decoder has no token to pool in a row of padding only, and its attention over nothing
-        # gives NaN: an empty text is read as a full stop.
+        # A decoder gives NaN for a row of padding only: an empty text is read as a full stop.
         if all(token == tokenizer.pad_token_id for token in tokens):
             for column in encoded:
                 encoded[column][row] = blank[column]
@@ -158,7 +158,7 @@ def _pad(
 
 
 def _is_decoder(model: nn.Module) -> bool:
-    # transformers names the head `score` in the classifiers that pool the last token.
+    # transformers calls the head `score` in the classifiers that pool the last token.
     return hasattr(model, "score")
 
 
@@ -167,9 +167,9 @@ def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def _positions(model: transformers.PreTrainedModel) -> int | None:
-    """Return how many tokens the model has positions for, or None where there is no limit."""
+    """The number of tokens that the model has positions for; None if there is no limit."""
     for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from the padding index on.
+        # RoBERTa and models like it count positions from the padding index on.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
             return module.num_embeddings - module.padding_idx - 1
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -181,8 +181,8 @@ def _prepare(
     tokenizer: transformers.PreTrainedTokenizerBase,
     name: str,
 ) -> None:
-    """Make model and tokenizer fit each other and the task: one integer label a text."""
-    # A checkpoint may have been saved for regression or multi-label, which changes the loss.
+    """Set up padding, the tokenizer's columns and the loss for one integer label per text."""
+    # A model saved for regression or several labels would use another loss.
     model.config.problem_type = "single_label_classification"
     taken = _forward_parameters(model)
     tokenizer.model_input_names = [key for key in tokenizer.model_input_names if key in taken]
@@ -198,13 +198,13 @@ def _prepare(
     tokenizer.padding_side = "left"
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
-        config.use_cache = False  # each text is read once: the cache would only cost memory
+        config.use_cache = False  # each text is read once, so a cache only costs memory
 
 
 def _build_tiny(
     seed: int,
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, dict[str, Any]]:
-    """Make a GPT-2 of 2 layers with random weights, and a word tokenizer for the embedded tasks."""
+    """Build a GPT-2 of 2 layers with random weights, and a word tokenizer for embedded tasks."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from bitstack_nb.data.embedded import EMBEDDED_VERSION, embedded_vocabulary

@@ -1,9 +1,9 @@
-"""Synthetic stand-ins for the five text tasks, made on the spot: no download, same rows everywhere.
+"""Synthetic text for the five tasks: no download, and the same rows on every machine.
 
-Scope: a small seeded grammar that writes labelled English-like texts with the Hub's column names,
-label counts and row order. The five tasks share one word list, so that learning one disturbs the
-others. Words are lower case and separated by single spaces, punctuation included, so that splitting
-at spaces is a complete tokenizer. Nothing here is real data; say "synthetic" wherever it is shown.
+Scope: a small seeded grammar writes labelled texts with the column names, labels and row order of
+the Hub's datasets. The five tasks share one word list, so that learning one disturbs the others.
+Words and punctuation are in lower case with single spaces between them, so splitting at spaces is
+a complete tokenizer. Results on these rows must be called synthetic.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 
 import datasets
 
-EMBEDDED_VERSION = "1"  # part of a run's provenance: raise it whenever any text changes
+EMBEDDED_VERSION = "1"  # recorded with every run: raise it when any text changes
 EMBEDDED_ROWS = {"train": 2000, "test": 500}
 
 _THEMES = {
@@ -37,41 +37,16 @@ _THEMES = {
     "family": "husband mother child marriage friend boyfriend wedding love girl parent",
     "belief": "god church prayer faith culture soul bible tradition heaven holiday",
 }
-# Each class of a topic task is a mixture of themes; several themes serve more than one class.
+# The themes of each class of a topic task. Several classes share a theme.
 _CLASSES = {
-    "ag_news": (
-        "politics conflict",
-        "sport",
-        "market politics",
-        "computer science market",
-    ),
+    "ag_news": "politics conflict, sport, market politics, computer science market",
     "dbpedia": (
-        "market building",
-        "school",
-        "art music",
-        "sport",
-        "politics",
-        "transport",
-        "building",
-        "nature",
-        "village nature",
-        "animal",
-        "plant",
-        "music",
-        "film",
-        "book",
+        "market building, school, art music, sport, politics, transport, building, nature, "
+        "village nature, animal, plant, music, film, book"
     ),
     "yahoo": (
-        "belief family",
-        "science",
-        "health",
-        "school science",
-        "computer",
-        "sport",
-        "market",
-        "music film",
-        "family",
-        "politics conflict",
+        "belief family, science, health, school science, computer, sport, market, music film, "
+        "family, politics conflict"
     ),
 }
 _GRADES = (  # from worst to best
@@ -86,54 +61,18 @@ _ASPECTS = {
     "yelp": "food service staff room price burger coffee kitchen waiter menu place dessert",
 }
 _OPENERS = {
-    "imdb": (
-        "i saw this with a friend .",
-        "we rented it last night .",
-        "my first review .",
-        "",
-    ),
-    "ag_news": (
-        "reuters -",
-        "report :",
-        "update :",
-        "analysis -",
-        "officials said the",
-    ),
-    "dbpedia": (
-        "it is a",
-        "known for the",
-        "this is one of the",
-        "a former",
-        "the only",
-    ),
-    "yelp": (
-        "we came here last night .",
-        "first time here .",
-        "i stopped by today .",
-        "",
-    ),
+    "imdb": ("i saw this with a friend .", "we rented it last night .", "my first review .", ""),
+    "ag_news": ("reuters -", "report :", "update :", "analysis -", "officials said the"),
+    "dbpedia": ("it is a", "known for the", "this is one of the", "a former", "the only"),
+    "yelp": ("we came here last night .", "first time here .", "i stopped by today .", ""),
     "yahoo": ("what is the", "how do i find a", "can anyone explain the", "is there a"),
 }
 _ANSWERS = ("i think the", "you should ask about the", "try the", "it depends on the")
-_JOINS = (
-    "and the",
-    "of the",
-    "in a",
-    "with some",
-    "but the",
-    "for many",
-    "from the",
-    "near a",
-)
-_VERDICTS = (
-    "the {} was {} .",
-    "the {} is {} .",
-    "i found the {} {} .",
-    "a {} that felt {} .",
-)
+_JOINS = ("and the", "of the", "in a", "with some", "but the", "for many", "from the", "near a")
+_VERDICTS = ("the {} was {} .", "the {} is {} .", "i found the {} {} .", "a {} that felt {} .")
 _NEGATED = ("the {} was not {} .", "i never found the {} {} .", "the {} is hardly {} .")
 _NUM_LABELS = {"imdb": 2, "ag_news": 4, "dbpedia": 14, "yelp": 5, "yahoo": 10}
-_SORTED = ("imdb", "dbpedia")  # in the order of their labels on the Hub, and so here
+_SORTED = ("imdb", "dbpedia")  # sorted by label, as on the Hub
 
 
 def embedded_split(task: str, split: str) -> datasets.Dataset:
@@ -144,19 +83,16 @@ def embedded_split(task: str, split: str) -> datasets.Dataset:
         split: "train" or "test".
 
     Returns:
-        A dataset in memory with the columns of the Hub's dataset: strings, and integers as int64.
-        Classes are equally frequent; "imdb" and "dbpedia" are sorted by label, as on the Hub.
+        A dataset in memory with the columns of the Hub's dataset. All classes are equally frequent;
+        "imdb" and "dbpedia" are sorted by label, as on the Hub.
 
     Raises:
-        ValueError: the task or the split is not one of these.
+        ValueError: the task or the split is unknown.
     """
-    for name, value, known in (
-        ("task", task, _OPENERS),
-        ("split", split, EMBEDDED_ROWS),
-    ):
+    for name, value, known in (("task", task, _OPENERS), ("split", split, EMBEDDED_ROWS)):
         if value not in known:
             raise ValueError(f"no embedded {name} {value!r}: use one of {', '.join(known)}")
-    # A string seeds Random by its own hash, whatever PYTHONHASHSEED says.
+    # A string seeds Random independently of PYTHONHASHSEED.
     rng = random.Random(f"{EMBEDDED_VERSION}/{task}/{split}")
     num_labels = _NUM_LABELS[task]
     labels = [row % num_labels for row in range(EMBEDDED_ROWS[split])]
@@ -168,7 +104,7 @@ def embedded_split(task: str, split: str) -> datasets.Dataset:
 
 
 def embedded_vocabulary() -> list[str]:
-    """Every word the grammar can write, sorted: what a word-level tokenizer has to know."""
+    """Every word of the synthetic texts, sorted: the vocabulary of a word tokenizer."""
     texts = [*_THEMES.values(), *_GRADES, *_ASPECTS.values(), *_ANSWERS, *_JOINS, ". ?"]
     texts += [opener for openers in _OPENERS.values() for opener in openers]
     texts += [form.replace("{}", "") for form in (*_VERDICTS, *_NEGATED)]
@@ -181,7 +117,7 @@ def _row(rng: random.Random, task: str, number: int, label: int) -> dict[str, st
     if task in _ASPECTS:
         text = f"{opener} {_review(rng, task, label)}".strip()
         return {"text": text, "label": label}
-    words = _topic_words(rng, _CLASSES[task], label)
+    words = _topic_words(rng, _CLASSES[task].split(", "), label)
     if task == "ag_news":
         return {"text": f"{opener} {_chain(rng, words)} .", "label": label}
     if task == "dbpedia":
@@ -196,8 +132,8 @@ def _row(rng: random.Random, task: str, number: int, label: int) -> dict[str, st
     }
 
 
-def _topic_words(rng: random.Random, classes: tuple[str, ...], label: int) -> list[str]:
-    """Eight content words: most of the class's themes, the rest of one other class or of any."""
+def _topic_words(rng: random.Random, classes: list[str], label: int) -> list[str]:
+    """Eight words: most from the class's themes, some from another class or from any theme."""
     own = [word for theme in classes[label].split() for word in _THEMES[theme].split()]
     other = _THEMES[rng.choice(rng.choice(classes).split())].split()
     anything = _THEMES[rng.choice(list(_THEMES))].split()
@@ -206,12 +142,12 @@ def _topic_words(rng: random.Random, classes: tuple[str, ...], label: int) -> li
 
 
 def _chain(rng: random.Random, words: list[str]) -> str:
-    """The words in their order, joined by phrases that tell nothing."""
+    """The words in order, joined by phrases without meaning."""
     return " ".join([words[0], *(f"{rng.choice(_JOINS)} {word}" for word in words[1:])])
 
 
 def _review(rng: random.Random, task: str, label: int) -> str:
-    """Four verdicts around the label's grade; a negated one uses a word of the mirrored grade."""
+    """Four verdicts near the label's grade; a negated verdict uses a word of the opposite grade."""
     verdicts = []
     for _ in range(4):
         if task == "imdb":

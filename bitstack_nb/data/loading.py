@@ -9,13 +9,14 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 
 from bitstack_nb.data.errors import DataError
-from bitstack_nb.data.sampling import check_request, draw, draw_held_out
+from bitstack_nb.data.sampling import draw, draw_held_out
 from bitstack_nb.data.sources import open_source
-from bitstack_nb.data.tasks import EVALUATIONS, FIVE_TASKS, Task
+from bitstack_nb.data.tasks import EVALUATIONS, SAMPLINGS, Task, is_integer
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +26,17 @@ class TaskData:
     """The samples of a task.
 
     Attributes:
-        task: the task they were drawn for.
+        task: the task they belong to.
         train, test: columns `text` (string) and `label` (int64, the task's labels), in memory.
-        provenance: JSON-able: source, dataset, its revision, file hashes or generator, how it was
-            drawn, and per split the rows, the SHA-256 of the sample and the classes missing in it.
+        provenance: JSON-able: the source, the dataset, its revision, file hashes or generator, how
+            the samples were chosen, and per split the number of rows, the SHA-256 of the sample
+            and the classes that it lacks.
     """
 
     task: Task
     train: datasets.Dataset
     test: datasets.Dataset
-    provenance: dict
+    provenance: dict[str, Any]
 
 
 def load_task(
@@ -47,74 +49,72 @@ def load_task(
     sampling: str = "stratified",
     evaluate_on: str = "test",
 ) -> TaskData:
-    """Draw a task's training and test samples.
+    """Load a task's training and test samples.
 
-    The test sample of one seed is the same for every `train_size`; for "heldout" that holds as long
-    as the training sample leaves those rows free.
+    The test sample of one seed does not depend on `train_size`, except that "heldout" needs rows
+    that the training sample leaves free.
 
     Args:
-        task: what to load.
+        task: the task to load.
         data: "hub", "embedded" (synthetic), or a folder with FOLDER/<dataset>/train.parquet and
-            test.parquet, <dataset> being the last part of the Hub id.
-        train_size, test_size: an int is a number of examples, a float a fraction of the split.
-        seed: of the drawing; the global random generators are left alone.
+            test.parquet, where <dataset> is the last part of the Hub id.
+        train_size, test_size: an int is a number of rows, a float a fraction of the split.
+        seed: of the random choice; the global random state is left as found.
         sampling: "stratified" visits the rows in random order and takes an equal share of each
-            class, others filling up where one runs short. "head" takes the first rows.
-        evaluate_on: "test", or "heldout": the test sample comes from the training split too, from
-            rows that are not in the training sample, and the test split is never read.
+            class, other classes filling up where one runs short. "head" takes the first rows.
+        evaluate_on: "test", or "heldout" for a test sample from the rows of the training split
+            that are not in the training sample. The test split is then not read.
 
     Raises:
-        DataError: the data are out of reach or do not fit the task or the sizes.
+        DataError: the data cannot be reached, or do not fit the task or the sizes.
     """
-    if evaluate_on not in EVALUATIONS:
-        raise DataError(f"unknown evaluate_on {evaluate_on!r}: use {' or '.join(EVALUATIONS)}")
-    check_request(train_size=train_size, test_size=test_size, seed=seed, sampling=sampling)
-    # Synthetic rows exist per dataset, whatever a task makes of its labels.
-    embedded = next((five.name for five in FIVE_TASKS if five.dataset == task.dataset), None)
-    source = open_source(data, task.dataset, config=task.config, embedded=embedded)
+    _check_request(train_size, test_size, seed, sampling, evaluate_on)
+    source = open_source(data, task)
     how = {"seed": int(seed), "sampling": sampling}
-    train, rows = draw(task, source, "train", train_size, **how)
+    train, rows = draw(task, source, split="train", size=train_size, **how)
     if evaluate_on == "heldout":
-        test = draw_held_out(task, source, rows, test_size, **how)
+        test = draw_held_out(task, source, taken=rows, size=test_size, **how)
     else:
-        test, _ = draw(task, source, "test", test_size, **how)
+        test, _ = draw(task, source, split="test", size=test_size, **how)
     samples = {"train": train, "test": test}
     provenance = {
         **source.provenance(),
         "drawn": {**how, "evaluate_on": evaluate_on},
         "rows": {split: len(sample) for split, sample in samples.items()},
         "sample": {split: _fingerprint(sample) for split, sample in samples.items()},
-        "missing_classes": _missing_classes(task, samples, sampling),
+        "missing_classes": _missing_classes(task, samples),
     }
     return TaskData(task, train, test, provenance)
 
 
-def _missing_classes(
-    task: Task, samples: dict[str, datasets.Dataset], sampling: str
-) -> dict[str, list[int]]:
-    """Per split the classes without a row, reported in one warning if there are any."""
-    missing, parts = {}, []
-    for split, sample in samples.items():
-        held = sorted(set(sample["label"]))
-        missing[split] = sorted(set(range(task.num_labels)) - set(held))
-        part = f"the {split} sample has none of class {_ranges(missing[split])}"
-        if sampling == "head":
-            part += f" (the first {len(sample)} rows hold class {_ranges(held)} only)"
-        parts += [part] if missing[split] else []
-    if parts:
-        logger.warning("%s, %d classes: %s", task.name, task.num_labels, "; ".join(parts))
+def _check_request(
+    train_size: int | float, test_size: int | float, seed: int, sampling: str, evaluate_on: str
+) -> None:
+    if sampling not in SAMPLINGS:
+        raise DataError(f"unknown sampling {sampling!r}: use {' or '.join(SAMPLINGS)}")
+    if evaluate_on not in EVALUATIONS:
+        raise DataError(f"unknown evaluate_on {evaluate_on!r}: use {' or '.join(EVALUATIONS)}")
+    if not is_integer(seed) or seed < 0:
+        raise DataError(f"seed is {seed!r}: give an integer, 0 or more")
+    for name, size in (("train_size", train_size), ("test_size", test_size)):
+        fraction = isinstance(size, float) and 0 < size <= 1
+        if not fraction and not (is_integer(size) and size >= 1):
+            raise DataError(
+                f"{name} is {size!r}: give a number of rows (an integer, 1 or more) or a fraction "
+                "of the split (a float above 0, up to 1.0)"
+            )
+
+
+def _missing_classes(task: Task, samples: dict[str, datasets.Dataset]) -> dict[str, list[int]]:
+    """The classes without a row, per split; one warning if there are any."""
+    missing = {
+        split: sorted(set(range(task.num_labels)) - set(sample["label"]))
+        for split, sample in samples.items()
+    }
+    if any(missing.values()):
+        parts = [f"{split} lacks {absent}" for split, absent in missing.items() if absent]
+        logger.warning("%s: classes without a row: %s", task.name, "; ".join(parts))
     return missing
-
-
-def _ranges(labels: list[int]) -> str:
-    """Sorted labels, runs of them shortened: "0, 2-9"."""
-    runs: list[list[int]] = []
-    for label in labels:
-        if runs and label == runs[-1][1] + 1:
-            runs[-1][1] = label
-        else:
-            runs.append([label, label])
-    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
 
 
 def _fingerprint(sample: datasets.Dataset) -> str:
@@ -122,5 +122,5 @@ def _fingerprint(sample: datasets.Dataset) -> str:
     digest = hashlib.sha256()
     for row in sample:
         line = json.dumps([row["text"], row["label"]], ensure_ascii=False)
-        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+        digest.update(line.encode() + b"\n")
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""Drawing a task's samples from a source: how many rows, which, and as text and label.
+"""The choice of a task's samples: which rows of a split, as text and label.
 
-Scope: `take` chooses among rows in visiting order, so that a table on disk and a stream of the Hub
-are sampled by the same code; `draw` and `draw_held_out` lead a source's rows past it.
+Scope: `take` chooses among rows in the order they are visited, so tables and streams share one
+code path. `draw` and `draw_held_out` read the rows of a source and check that they fit the task.
 """
 
 from __future__ import annotations
@@ -16,57 +16,76 @@ import datasets
 import numpy as np
 
 from bitstack_nb.data.errors import DataError
-from bitstack_nb.data.sources import Source, hub_errors
-from bitstack_nb.data.tasks import SAMPLINGS, Task, is_integer
+from bitstack_nb.data.sources import Source
+from bitstack_nb.data.tasks import Task, is_integer
 
 logger = logging.getLogger(__name__)
 
-# Up to this many rows are streamed: mixed splits need not be fetched whole then; those sorted by
-# label (IMDB, DBpedia) are read to their last class but not stored. Also the shuffle buffer.
+# Samples up to this size are streamed, which reads less than the whole split where classes are
+# mixed. It is also the size of the shuffle buffer.
 _STREAM_ROWS = 10_000
 _T = TypeVar("_T")
 
 
-def check_request(
-    *, train_size: int | float, test_size: int | float, seed: int, sampling: str
-) -> None:
-    """Raise a DataError for a size, seed or sampling that cannot be meant."""
-    if sampling not in SAMPLINGS:
-        raise DataError(f"unknown sampling {sampling!r}: use {' or '.join(SAMPLINGS)}")
-    if not is_integer(seed) or seed < 0:
-        raise DataError(f"seed is {seed!r}: give an integer, 0 or more")
-    for name, size in (("train_size", train_size), ("test_size", test_size)):
-        fraction = isinstance(size, float) and 0 < size <= 1
-        if not fraction and not (is_integer(size) and size >= 1):
-            raise DataError(
-                f"{name} is {size!r}: give a number of rows (an integer, 1 or more) or a fraction "
-                "of the split (a float above 0, up to 1.0)"
-            )
+def draw(
+    task: Task, source: Source, *, split: str, size: int | float, seed: int, sampling: str
+) -> tuple[datasets.Dataset, list[int]]:
+    """A sample of one split (`text`, `label`) and its row numbers in that split.
 
-
-def rows_wanted(size: int | float, total: int) -> int:
-    """Rows that a valid `size` asks for in a split of `total` rows; it may be more than there are.
-
-    Fractions are rounded to the nearest row, as in the slices of `datasets`, but give one at least.
+    Raises:
+        DataError: the rows do not fit the task, or are too few.
     """
-    return int(size) if is_integer(size) else max(1, round(size * total))
+    stream = source.stream(split) if is_integer(size) and size <= _STREAM_ROWS else None
+    if stream is None:
+        table = source.table(split)
+        order = _visiting_order(task, table, seed, sampling)
+        rows = _take_rows(task, table, order, size=size, sampling=sampling, split=split)
+        return _sample(task, table.select(rows)), rows
+    visits = _visit_stream(task, stream)
+    if sampling == "stratified":
+        visits = _shuffle(visits, seed, _STREAM_ROWS)
+    drawn = take(visits, size, num_labels=task.num_labels, sampling=sampling)
+    _check_enough(task, size, len(drawn), split)
+    return _sample(task, [row for _, row in drawn]), [number for number, _ in drawn]
 
 
-def take(visits: Iterable[tuple[int, _T]], size: int, num_labels: int, sampling: str) -> list[_T]:
+def draw_held_out(
+    task: Task, source: Source, *, taken: list[int], size: int | float, seed: int, sampling: str
+) -> datasets.Dataset:
+    """A sample of the training split without the row numbers in `taken`."""
+    table = source.table("train")
+    order = _visiting_order(task, table, seed, sampling)
+    rest = order[~np.isin(order, taken)]
+    wanted = _rows_wanted(size, len(order))
+    if wanted > len(rest):
+        raise DataError(
+            f"{task.dataset}: {len(taken)} training and {wanted} held-out rows asked for, but the "
+            f"train split holds {len(order)}{_of(task)}: ask for fewer"
+        )
+    if sampling == "stratified":
+        # The training rows are the first of this order: from its end, their number is irrelevant.
+        rest = rest[::-1]
+    rows = _take_rows(task, table, rest, size=wanted, sampling=sampling, split="train")
+    return _sample(task, table.select(rows))
+
+
+def take(
+    visits: Iterable[tuple[int, _T]], size: int, *, num_labels: int, sampling: str
+) -> list[_T]:
     """The rows of a sample, in the order they were visited.
 
-    "head" takes the first `size` visits. "stratified" takes an equal share of every class (where
-    `size` does not divide evenly, the low labels get one more) and, where a class runs short, the
-    earliest visits of the others. It stops visiting as soon as every class has its share.
+    "head" takes the first `size` visits. "stratified" takes an equal share of every class, the low
+    labels one more where `size` does not divide evenly. Where a class runs short, the earliest
+    visits of other classes fill up. No row is visited after every class has its share.
 
     Args:
-        visits: pairs of a label, 0 .. num_labels - 1, and a row.
+        visits: pairs of a label (0 to num_labels - 1) and a row.
         size: rows wanted, 1 or more.
-        num_labels: classes.
+        num_labels: number of classes.
         sampling: "stratified" or "head".
 
     Returns:
-        `size` rows, or all there were if they are fewer.
+        `size` rows, or all rows if there are fewer.
     """
     if sampling == "head":
         return [row for _, row in itertools.islice(visits, size)]
@@ -85,7 +104,7 @@ def take(visits: Iterable[tuple[int, _T]], size: int, num_labels: int, sampling:
 
 
 def _fill_up(shares: list[int], counts: list[int]) -> list[int]:
-    """Rows to take per class: its share where it has that many, the rest spread over the others."""
+    """Rows to take of each class: its share or all it has, the others filling up."""
     quotas = [min(share, count) for share, count in zip(shares, counts, strict=True)]
     while short := sum(shares) - sum(quotas):
         spare = [label for label, count in enumerate(counts) if quotas[label] < count]
@@ -97,53 +116,12 @@ def _fill_up(shares: list[int], counts: list[int]) -> list[int]:
     return quotas
 
 
-def draw(
-    task: Task, source: Source, split: str, size: int | float, *, seed: int, sampling: str
-) -> tuple[datasets.Dataset, list[int]]:
-    """A sample of one split (`text`, `label`) and its row numbers in that split.
-
-    Streamed where that is quicker than fetching the split. A DataError says what does not fit.
-    """
-    stream = source.stream(split) if is_integer(size) and size <= _STREAM_ROWS else None
-    if stream is None:
-        table = source.table(split)
-        order = _own_rows(task, table, seed, sampling)
-        rows = _take_rows(task, table, order, size, sampling, split)
-        return _sample(task, table.select(rows)), rows
-    with hub_errors(task.dataset):
-        visits = _visit_stream(task, stream)
-        if sampling == "stratified":
-            visits = _shuffle(visits, seed, _STREAM_ROWS)
-        drawn = take(visits, size, task.num_labels, sampling)
-    _check_enough(task, size, len(drawn), split)
-    return _sample(task, [row for _, row in drawn]), [number for number, _ in drawn]
-
-
-def draw_held_out(
-    task: Task, source: Source, taken: list[int], size: int | float, *, seed: int, sampling: str
-) -> datasets.Dataset:
-    """A sample of the training split without the rows `taken` from it for training."""
-    table = source.table("train")
-    order = _own_rows(task, table, seed, sampling)
-    rest = order[~np.isin(order, taken)]
-    wanted = rows_wanted(size, len(order))
-    if wanted > len(rest):
-        raise DataError(
-            f"{task.dataset}: {len(taken)} training and {wanted} held-out rows asked for, but the "
-            f"train split holds {len(order)}{_of(task)}: ask for fewer"
-        )
-    if sampling == "stratified":
-        # From the far end, so that more or fewer training rows leave the held-out ones alone.
-        rest = rest[::-1]
-    return _sample(task, table.select(_take_rows(task, table, rest, wanted, sampling, "train")))
-
-
-def _own_rows(task: Task, table: datasets.Dataset, seed: int, sampling: str) -> np.ndarray:
-    """A task's row numbers in visiting order: as they are for "head", else a seeded permutation."""
+def _visiting_order(task: Task, table: datasets.Dataset, seed: int, sampling: str) -> np.ndarray:
+    """The numbers of a task's rows: in the table's order for "head", else in random order."""
     _check_columns(task, table.column_names)
     own = np.array([_label(task, value) is not None for value in table[task.label][:]], dtype=bool)
     rows = len(table)
-    order = np.random.default_rng(seed).permutation(rows) if sampling != "head" else np.arange(rows)
+    order = np.arange(rows) if sampling == "head" else np.random.default_rng(seed).permutation(rows)
     return order[own[order]]
 
 
@@ -151,16 +129,22 @@ def _take_rows(
     task: Task,
     table: datasets.Dataset,
     order: np.ndarray,
+    *,
     size: int | float,
     sampling: str,
     split: str,
 ) -> list[int]:
-    """Row numbers of a sample of a table, chosen among those in ``order``."""
-    wanted = rows_wanted(size, len(order))
+    """The row numbers of a sample, chosen among those in `order`."""
+    wanted = _rows_wanted(size, len(order))
     _check_enough(task, wanted, len(order), split)
     labels = table[task.label][:]
     visits = ((_label(task, labels[row]), row) for row in order.tolist())
-    return take(visits, wanted, task.num_labels, sampling)
+    return take(visits, wanted, num_labels=task.num_labels, sampling=sampling)
+
+
+def _rows_wanted(size: int | float, total: int) -> int:
+    """The rows that a size asks for: a number, or a fraction of all rows, at least one."""
+    return int(size) if is_integer(size) else max(1, round(size * total))
 
 
 def _visit_stream(
@@ -175,10 +159,9 @@ def _visit_stream(
 
 
 def _shuffle(visits: Iterable[_T], seed: int, buffer_size: int) -> Iterator[_T]:
-    """Visits in a random order, each from a buffer of those that lie near it in the stream.
+    """Visits in random order: each is taken from a buffer of visits that are near in the stream.
 
-    Not `IterableDataset.shuffle`: its order changed between datasets 4 and 5, so that a seed would
-    name two samples, and in 5 it sleeps for 5 s whenever a shuffled stream ends.
+    `IterableDataset.shuffle` is not used because its order changed between datasets 4 and 5.
     """
     rng = random.Random(seed)
     buffer: list[_T] = []
@@ -193,22 +176,21 @@ def _shuffle(visits: Iterable[_T], seed: int, buffer_size: int) -> Iterator[_T]:
     yield from buffer
 
 
-def _sample(task: Task, rows: datasets.Dataset | list[dict[str, Any]]) -> datasets.Dataset:
+def _sample(task: Task, rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
     """Rows of the source as a dataset of `text` and `label`, in memory."""
     texts, labels = [], []
     for row in rows:
         texts.append(" ".join(str(row[column]) for column in task.text if row[column]))
         labels.append(_label(task, row[task.label]))
     blank = sum(not text.strip() for text in texts)
-    holds = f"{task.dataset}: {blank} of {len(texts)} rows drawn hold no text in {task.text}"
-    if texts and blank == len(texts):
-        raise DataError(f"{holds}: name other columns")
-    if blank:  # nothing the user of a Hub dataset could mend; the tokenizer reads a full stop
-        logger.warning("%s", holds)
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.Value("int64")}
-    )
-    return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+    if blank:
+        found = f"{task.dataset}: {blank} of {len(texts)} sampled rows hold no text in {task.text}"
+        if blank == len(texts):
+            raise DataError(f"{found}: name other columns")
+        logger.warning("%s", found)
+    features = {"text": datasets.Value("string"), "label": datasets.Value("int64")}
+    columns = {"text": texts, "label": labels}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
 def _label(task: Task, value: Any) -> int | None:
@@ -226,7 +208,7 @@ def _check_columns(task: Task, columns: list[str]) -> None:
     absent = [column for column in (*task.text, task.label) if column not in columns]
     if absent:
         raise DataError(
-            f"{task.dataset} has no column {absent[0]!r}: its columns are {', '.join(columns)}"
+            f"{task.dataset} has no column {absent[0]!r}: use its columns, {', '.join(columns)}"
         )
 
 
@@ -239,5 +221,5 @@ def _check_enough(task: Task, wanted: int, there: int, split: str) -> None:
 
 
 def _of(task: Task) -> str:
-    """What a message adds to a number of rows that are not all of the split's."""
+    """Words for a message about a task that leaves rows of its dataset out."""
     return f" of task {task.name}" if None in (task.relabel or ()) else ""

@@ -25,20 +25,20 @@ def is_integer(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A text-classification task: where its rows are and which columns to use.
+    """A text-classification task: its dataset and the columns to use.
 
     Attributes:
-        name: short, used in tables, file names and state dicts: letters, digits, "_" and "-".
+        name: a short name for tables and files: letters, digits, "_" and "-".
         dataset: Hub id ("stanfordnlp/imdb"); its last part names the folder under a data folder.
         text: the columns that make up the text, joined by a space; empty ones are skipped.
         label: the column of integer labels, 0 and up.
-        num_labels: classes of the task, after `relabel`.
-        relabel: the task's label for each label of the dataset; (0, 0, 1, 1) merges four into two,
-            and None leaves the rows of a label out.
-        config: the Hub's configuration name, where the dataset has several.
+        num_labels: the number of classes, after `relabel`.
+        relabel: the task's label for each label of the dataset: (0, 0, 1, 1) merges four into two.
+            None in place of a label leaves its rows out.
+        config: the Hub's configuration name, if the dataset has several.
 
     Raises:
-        DataError: a field that cannot be right.
+        DataError: a field has a value that no task can have.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Task:
         for field, value in (("dataset", self.dataset), ("label", self.label)):
             if not isinstance(value, str) or not value.strip("/"):
                 raise DataError(f"task {self.name}: {field} is {value!r}: give a name")
-        # A list, as JSON gives it back, is welcome; a bare string would be read letter by letter.
+        # JSON gives lists; a bare string would be read letter by letter.
         text = tuple(self.text) if isinstance(self.text, tuple | list) else ()
         if not text or not all(isinstance(column, str) and column for column in text):
             raise DataError(
@@ -69,21 +69,22 @@ class Task:
             kept = [label for label in relabel if label is not None]
             if not all(map(is_integer, kept)) or set(kept) != set(range(self.num_labels)):
                 raise DataError(
-                    f"task {self.name}: relabel is {self.relabel!r}: every label from 0 to "
-                    f"{self.num_labels - 1} has to occur, and no other"
+                    f"task {self.name}: relabel is {self.relabel!r}: use every label from 0 to "
+                    f"{self.num_labels - 1}, and None for rows to leave out"
                 )
             object.__setattr__(self, "relabel", relabel)
 
     def only(self, *labels: int) -> Task:
-        """The smaller task of telling these of the labels apart, named ``<name>_<label>-<label>``.
+        """The task with only the rows of these labels, named ``<name>_<label>-<label>``.
 
-        A DataError if there are no such labels.
+        Raises:
+            DataError: a label is unknown or given twice.
         """
         wrong = [label for label in labels if label not in range(self.num_labels)]
         if wrong or len(set(labels)) != len(labels):
             raise DataError(
-                f"task {self.name}: labels {labels} cannot be told apart: give two or more from 0 "
-                f"to {self.num_labels - 1}, each once"
+                f"task {self.name}: labels {labels} make no task: give two or more from 0 to "
+                f"{self.num_labels - 1}, each once"
             )
         number = {label: position for position, label in enumerate(labels)}
         return replace(
@@ -113,7 +114,7 @@ FIVE_TASKS: tuple[Task, ...] = (
         num_labels=10,
     ),
 )
-AG_NEWS_BINARY = Task(  # World and Sports against Business and Sci/Tech
+AG_NEWS_BINARY = Task(  # World and Sports, or Business and Sci/Tech
     name="ag_news_binary",
     dataset="fancyzhx/ag_news",
     text=("text",),
@@ -122,10 +123,9 @@ AG_NEWS_BINARY = Task(  # World and Sports against Business and Sci/Tech
     relabel=(0, 0, 1, 1),
 )
 
-
 _IMDB, _AG_NEWS, _DBPEDIA, _YELP, _YAHOO = FIVE_TASKS
-# Two classes each: all pairs of AG News, all classes of DBpedia in pairs, Yelp's neighbouring
-# stars and its extremes. Labels occur in several tasks; no two tasks are the same.
+# Two classes each: all pairs of AG News, the classes of DBpedia in pairs, and Yelp's neighbouring
+# stars and its extremes. A label may occur in several tasks.
 TWENTY_TASKS: tuple[Task, ...] = (
     _IMDB,
     *(_AG_NEWS.only(*pair) for pair in combinations(range(4), 2)),
@@ -138,9 +138,10 @@ SEQUENCES = {"five": FIVE_TASKS, "twenty": TWENTY_TASKS}
 
 
 def find_task(name: str) -> Task:
-    """The known task of this name, or some labels of one: ``dbpedia_2-3``.
+    """The known task of this name, or a known task with only some labels: ``dbpedia_2-3``.
 
-    A DataError lists the names there are.
+    Raises:
+        DataError: no task has this name.
     """
     known = {task.name: task for task in (*FIVE_TASKS, AG_NEWS_BINARY)}
     whole, _, labels = name.rpartition("_")

@@ -1,0 +1,157 @@
+"""A pretrained sequence classifier and its tokenizer, from a folder or the Hugging Face Hub.
+
+Scope: finding the files, loading them quietly, and recording which bytes they were. `backbones.py`
+prepares the model for the benchmark.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from transformers.utils import logging as transformers_logging
+
+from bitstack_nb.data.errors import BackboneError
+from bitstack_nb.data.hub import TIMEOUT, first_line, hub_errors
+from bitstack_nb.files import sha256
+
+# The files that transformers reads, all at the top level of a repository.
+_SETTINGS = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
+_WEIGHTS = (  # the first kind that a repository has
+    re.compile(r"model(-\d+-of-\d+)?\.safetensors"),
+    re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin"),
+)
+
+logger = logging.getLogger(__name__)
+
+
+def load_pretrained(
+    name: str,
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, dict[str, Any]]:
+    """Load a sequence classifier in float32 on the CPU, and its tokenizer.
+
+    Weights that the files lack are initialised from torch's global generator.
+
+    Args:
+        name: a local folder, or a name on the Hub.
+
+    Returns:
+        Model, tokenizer, and their provenance (as in :class:`bitstack_nb.data.backbones.Backbone`).
+
+    Raises:
+        BackboneError: see :func:`bitstack_nb.data.backbones.load_backbone`.
+    """
+    folder, source = _locate(name)
+    safe = {"trust_remote_code": False}  # else transformers asks whether to run the model's code
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, **safe)
+            if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+                raise BackboneError(
+                    f"{name}: transformers has no sequence classifier for {config.model_type!r};"
+                    " take an encoder such as distilbert-base-uncased or a decoder such as gpt2"
+                )
+            tokenizer = _load_tokenizer(folder, name)
+            model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=torch.float32, output_loading_info=True, **safe
+            )
+    except BackboneError:
+        raise
+    except Exception as error:  # OSError, ValueError, SafetensorError, ... by version
+        raise BackboneError(
+            f"{name}: transformers cannot load it ({first_line(error)}); check its files"
+        ) from error
+    prefix = f"{model.base_model_prefix}."
+    absent = sorted(key for key in report["missing_keys"] if key.startswith(prefix))
+    if absent:
+        # transformers' own report is silenced because it names the new head every time.
+        logger.warning("%s: absent from the files, so random: %s", name, ", ".join(absent))
+    return model, tokenizer, source
+
+
+def _load_tokenizer(folder: Path, name: str) -> transformers.PreTrainedTokenizerBase:
+    way_out = "save one beside the model (tokenizer.save_pretrained(folder))"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, ImportError, ... by architecture
+        raise BackboneError(
+            f"{name}: the tokenizer cannot be loaded ({first_line(error)}); {way_out}"
+        ) from error
+    # Without tokenizer files transformers makes a tokenizer of nothing but special tokens.
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise BackboneError(f"{name}: there are no tokenizer files; {way_out}")
+    return tokenizer
+
+
+def _locate(name: str) -> tuple[Path, dict[str, Any]]:
+    """The local folder of a model, downloaded if it is a Hub name, and its provenance."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise BackboneError(
+                f"{name}: the folder has no config.json; give one that model.save_pretrained wrote"
+            )
+        return folder, {"source": "folder", "sha256": _weight_digests(folder)}
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise BackboneError(f"{name}: no such folder; give a folder or a Hub name (owner/model)")
+    folder = _download(name)
+    return folder, {"source": "hub", "revision": folder.name}
+
+
+def _download(name: str) -> Path:
+    """The folder .../snapshots/<commit> of a Hub model in the local cache, completed if need be."""
+    instead = "give a folder that model.save_pretrained wrote"
+    with hub_errors("model", name, raises=BackboneError, instead=instead):
+        try:
+            # Asked first: without a network, a download retries for 20 s.
+            info = HfApi().model_info(name, timeout=TIMEOUT)
+        except Exception:
+            cached = try_to_load_from_cache(name, "config.json")
+            if not isinstance(cached, str):
+                raise
+            return Path(cached).parent
+        # By branch, so that the cache can find it without a network; the others by that commit.
+        folder = Path(hf_hub_download(name, "config.json")).parent
+        for file in _needed([sibling.rfilename for sibling in info.siblings]):
+            hf_hub_download(name, file, revision=folder.name)
+    return folder
+
+
+def _needed(files: list[str]) -> list[str]:
+    """The settings and the weights of one kind, safetensors if there are any."""
+    weights = ([file for file in files if kind.fullmatch(file)] for kind in _WEIGHTS)
+    return [file for file in files if _SETTINGS.fullmatch(file)] + next(filter(None, weights), [])
+
+
+def _weight_digests(folder: Path) -> dict[str, str]:
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    return {path.name: sha256(path) for path in files}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' loading reports and progress bars."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    downloads = not are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # also those of huggingface_hub
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        (enable_progress_bars if downloads else disable_progress_bars)()

@@ -92,6 +92,11 @@ class FileCase(unittest.TestCase):
             stack.update(tiny.batches(2, seed=task))
         return stack
 
+    def assert_unchanged(self, model, before: dict):
+        """Every parameter and buffer has the bits of the snapshot."""
+        moved = [name for name, changed in tiny.changed(model, before).items() if changed.any()]
+        self.assertEqual(moved, [])
+
     def assert_same(self, found: BitStack, expected: BitStack):
         self.assertEqual(list(found.masks), list(expected.masks))
         for name, mask in expected.masks.items():

@@ -326,7 +326,7 @@ class Damaged(FileCase):
             self.assertFalse(any(p._backward_hooks for p in model.parameters()))
             return None
 
-    def test_bytes(self):
+    def test_damaged_bytes(self):
         """The stack that loads is the one that was saved, to the last bit."""
         expected, data = plain(self.stack.state_dict()), self.path.read_bytes()
         header = 8 + int.from_bytes(data[:8], "little")
@@ -338,7 +338,7 @@ class Damaged(FileCase):
                 self.assertEqual(plain(found.state_dict()), expected, number)
         self.assertLess(loaded, 30)  # some change nothing: a digit by itself
 
-    def test_contents(self):
+    def test_other_contents(self):
         """Other contents under a right digest: consistent, or refused."""
         tensors, metadata = changed_content(self.path, lambda *_: None)
         generator, loaded = random.Random(1), 0

@@ -38,7 +38,9 @@ def describe() -> str:
             f"these packages are missing: {', '.join(missing)}. Install them with pip, then run "
             "this cell again"
         )
-    # These modules import the packages that may have been missing.
+    # Only here, as they may have been missing. provenance asks torch for GPUs where it is loaded.
+    import torch  # noqa: F401
+
     from bitstack_nb.benchmark.protocol import PRESETS, default_preset
     from bitstack_nb.results.provenance import provenance
 

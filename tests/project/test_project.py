@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -217,15 +215,3 @@ def given(folders, tmp_path) -> dict:
         "batch": next(iter(DataLoader(data["reviews"], batch_size=8, collate_fn=make_batch))),
         **data,
     }
-
-
-@pytest.mark.parametrize("module", ["bitstack_nb", "bitstack_nb.results.tables"])
-def test_method_and_tables_import_neither_transformers_nor_data_libraries(module):
-    code = (
-        f"import sys, bitstack_nb, {module}; bitstack_nb.BitStack\n"
-        "print([m for m in ('transformers', 'datasets', 'pandas') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert done.stdout.strip() == "[]"

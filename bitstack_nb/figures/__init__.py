@@ -1,4 +1,4 @@
-"""Figures of results and of a stack's locks."""
+"""Figures of results and of a stack's locks, and the summary table."""
 
 from bitstack_nb.lazy import attach
 
@@ -9,18 +9,18 @@ __getattr__, __dir__, __all__ = attach(
         "comparison": "accuracy",
         "forgetting_per_task": "accuracy",
         "paired_differences": "accuracy",
-        "accuracy_for_storage": "evidence",
-        "drift_attribution": "evidence",
-        "task_differences": "evidence",
+        "task_differences": "accuracy",
+        "accuracy_for_storage": "accuracy",
+        "drift_attribution": "accuracy",
         "ablation": "locks",
         "capacity": "locks",
         "lock_heatmaps": "locks",
-        "mask_weight": "masks",
-        "task_overlap": "masks",
-        "owned_entries": "masks",
-        "ownership": "masks",
+        "mask_weight": "locks",
+        "task_overlap": "locks",
+        "own_weights": "locks",
+        "ownership": "locks",
         "mechanism": "picture",
-        "summary": "reports",
-        "write_figures": "figures",
+        "summary": "report",
+        "write_figures": "report",
     },
 )

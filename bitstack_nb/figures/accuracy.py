@@ -1,40 +1,55 @@
-"""Figures of results: accuracy, forgetting, comparison. Each function returns a Figure.
+"""Figures of accuracy, forgetting and storage. Each function returns a Figure.
 
-Means over seeds come with 95 % Student intervals (``metrics.mean_interval``). What is locked where
-is drawn by ``lock_plots``.
+Means over seeds come with 95 % Student intervals (``results.metrics.mean_interval``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from bitstack_nb.figures.style import (
-    GREY,
-    Figure,
+from bitstack_nb.benchmark.drift import KINDS, STATES
+from bitstack_nb.figures.methods import (
     Group,
     counted,
-    draw_shares,
     grouped,
-    names,
+    labels,
+    method,
     shared_task_names,
-    styled,
     task_names,
     titled,
 )
+from bitstack_nb.figures.style import (
+    GREY,
+    Figure,
+    colour_bar,
+    heatmap,
+    note,
+    panels,
+    styled,
+)
 from bitstack_nb.results.metrics import accuracy_matrix, mean_interval
 from bitstack_nb.results.metrics import forgetting_per_task as points_lost
-from bitstack_nb.results.pairs import METRICS, differences, metric, no_pairs, with_partners
+from bitstack_nb.results.pairs import (
+    METRICS,
+    all_tasks,
+    differences,
+    final_accuracy,
+    metric,
+    no_pairs,
+    with_partners,
+)
 from bitstack_nb.results.result import Result, ResultError
 from bitstack_nb.results.tables import COLUMNS
 
-_UNITS = {"average_accuracy": "%", "learning_accuracy": "%", "forgetting": "points"}
-_PANELS = 5  # side by side
+Value = Callable[[Result], float | None]  # one run's number, None where it has none
+
 _INTERVALS = "mean and 95 % Student interval over n seeds (3 or more); small dots: single seeds"
 
 
@@ -50,29 +65,21 @@ def accuracy_matrices(results: Iterable[Result]) -> Figure:
         raise ResultError("no result has an accuracy matrix: give measured ones")
     tasks = [shared_task_names(group.results) for group in groups]
     many = max(map(len, tasks)) > 10
-    columns = min(2 if many else 3, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    figure = Figure(1.2 + (4.2 if many else 2.8) * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for at, (group, ax) in enumerate(zip(groups, axes, strict=False)):
+    columns = 2 if many else 3
+    figure, axes = panels(len(groups), columns, above=1.2, each=4.2 if many else 2.8)
+    for at, (group, ax) in enumerate(zip(groups, axes, strict=True)):
         mean = np.mean([accuracy_matrix(r.matrix) for r in group.results], axis=0)
-        # Not where the panel to the left, or the one below, has the same.
+        # Labels are left out where the panel to the left, or the one below, has the same.
         left = at % columns == 0 or tasks[at - 1] != tasks[at]
         below = tasks[at] not in tasks[at + columns : at + columns + 1]
-        draw_shares(
-            ax, mean, rows=tasks[at] if left else None, columns=tasks[at] if below else None
-        )
-        ax.tick_params("x", rotation=90 if many else 45)
+        frame = pd.DataFrame(mean, index=tasks[at], columns=tasks[at])
+        heatmap(ax, frame, rows=left, columns=below)
         ax.set_title(counted(group.label, [len(group.results)]))
         ax.set_ylabel("after training" if at % columns == 0 else "")
         ax.set_xlabel("accuracy on" if at + columns >= len(groups) else "")
-    for ax in axes[len(groups) :]:
-        ax.remove()
-    drawn = axes[: len(groups)]
-    bar = figure.colorbar(drawn[0].collections[0], ax=drawn.tolist(), shrink=0.6, aspect=30)
-    bar.set_label("accuracy (%)")
-    members = [r for group in groups for r in group.results]
-    figure.suptitle(titled("Accuracy on every task after every task, mean over n seeds", members))
+    colour_bar(figure, axes, "accuracy (%)", shrink=0.6, aspect=30)
+    title = "Accuracy on every task after every task, mean over n seeds"
+    figure.suptitle(titled(title, _members(groups)))
     return figure
 
 
@@ -85,78 +92,205 @@ def forgetting_per_task(results: Iterable[Result]) -> Figure:
     none.
     """
     groups = grouped(results)
-    tasks = dict.fromkeys(
-        name
-        for group in groups
-        for result in group.results
-        if result.matrix is not None
-        for name in task_names(result)[:-1]
-    )
-    panels = [
+    measured = [r for r in _members(groups) if r.matrix is not None]
+    tasks = dict.fromkeys(name for result in measured for name in task_names(result)[:-1])
+    drawn = [
         Panel(name, "points lost", [numbers(g.results, _lost_on(name)) for g in groups])
         for name in tasks
     ]
     title = "Forgetting per task: accuracy after learning it − after the last task"
-    return dots(title, groups, panels, zero=True, same_scale=True)
+    return dots(title, groups, drawn, zero=True, same_scale=True)
+
+
+def _lost_on(task: str) -> Value:
+    def lost(result: Result) -> float | None:
+        order = task_names(result)[:-1]
+        if result.matrix is None or task not in order:
+            return None
+        points = float(points_lost(result.matrix)[order.index(task)])
+        return None if math.isnan(points) else points
+
+    return lost
 
 
 @styled
 def comparison(results: Iterable[Result]) -> Figure:
     """Average accuracy, learning accuracy and forgetting of every configuration.
 
-    Published numbers are grey diamonds. Raises ResultError where no result has any of the three.
+    Published numbers are hollow diamonds. Raises ResultError where no result has any of the three.
     """
     groups = grouped(results)
-    panels = [
+    units = {"average_accuracy": "%", "learning_accuracy": "%", "forgetting": "points"}
+    drawn = [
         Panel(COLUMNS[name], unit, [numbers(g.results, metric(name)) for g in groups])
-        for name, unit in _UNITS.items()
+        for name, unit in units.items()
     ]
-    return dots("Accuracy and forgetting after all tasks", groups, panels)
+    return dots("Accuracy and forgetting after all tasks", groups, drawn)
 
 
 @styled
 def paired_differences(results: Iterable[Result], baseline: str = "finetune") -> Figure:
-    """Every configuration less the baseline strategy, seed by seed, in points.
+    """The three metrics of every configuration less the baseline's, seed by seed, in points.
 
-    Pairs are those of ``pairs.partner``. Raises ResultError where there is none.
+    Pairs are those of ``results.pairs.partner``; raises ResultError where there is none.
     """
-    panels = {}
-    for name in _UNITS:
-        better = "higher" if METRICS[name] else "lower"
-        panels[COLUMNS[name]] = (f"difference (points)\n{better} is better", metric(name))
-    return difference_dots("Difference to {}, the same seeds paired", results, panels, baseline)
+    units = {
+        name: f"difference (points)\n{'higher' if more else 'lower'} is better"
+        for name, more in METRICS.items()
+    }
+    drawn = {COLUMNS[name]: (unit, metric(name)) for name, unit in units.items()}
+    return _difference_dots("Difference to {}, the same seeds paired", results, drawn, baseline)
 
 
-def difference_dots(
-    title: str,
-    results: Iterable[Result],
-    panels: Mapping[str, tuple[str, Callable[[Result], float | None]]],
-    baseline: str,
-    *,
-    same_scale: bool = False,
-) -> Figure:
-    """``dots`` of every configuration less the baseline strategy, seed by seed.
+@styled
+def task_differences(results: Iterable[Result], baseline: str = "single") -> Figure:
+    """The accuracy on each task after the last one, less the baseline's, seed by seed, in points.
 
-    Args:
-        title: with ``{}`` for the baseline's name.
-        results: all runs, the baseline's too.
-        panels: a panel's title -> its unit, and what of a run it is about.
-        baseline: a strategy.
-        same_scale: of ``dots``.
-
-    Raises ResultError where no run has a partner.
+    Tasks in the order of the lowest seed. Pairs are those of ``results.pairs.partner``; raises
+    ResultError where there is none.
     """
     results = list(results)
-    groups = [g for g in grouped(results) if g.settings["strategy"] != baseline]
-    pairs = [with_partners(g.results, results, baseline=baseline) for g in groups]
-    drawn = [
-        Panel(name, unit, [differences(own, value) for own in pairs])
-        for name, (unit, value) in panels.items()
+    drawn = {task: ("points", final_accuracy(task)) for task in all_tasks(results)}
+    title = "Accuracy on each task at the end, difference to {}, the same seeds paired"
+    return _difference_dots(title, results, drawn, baseline, same_scale=True)
+
+
+@styled
+def accuracy_for_storage(results: Iterable[Result]) -> Figure:
+    """Average accuracy after the last task against the storage per task, a point each.
+
+    Storage is the bytes beside one backbone and the heads (``Result.storage``), on a logarithmic
+    scale with nothing at its left. Sparsities stand above the points of a method that has several.
+    Raises ResultError where no run has recorded any.
+    """
+    stored, accuracy = metric("storage_per_task"), metric("average_accuracy")
+    groups = [
+        g for g in grouped(results) if numbers(g.results, stored) and numbers(g.results, accuracy)
     ]
-    if not any(values for panel in drawn for values in panel.values):
-        raise no_pairs(baseline)
-    what = names([{"strategy": baseline, "budget": None}])[0]
-    return dots(title.format(what), groups, drawn, zero=True, same_scale=same_scale)
+    if not groups:
+        raise ResultError("no result has recorded its storage: run it again")
+    sizes = np.array([np.mean(numbers(g.results, stored)) for g in groups])
+    smallest = min(sizes[sizes > 0], default=1.0)
+    places = _side_by_side(np.where(sizes > 0, sizes, smallest / 10))
+    figure = Figure(5.2)
+    ax = figure.subplots()
+    variants = _by_variant(groups)
+    above = True  # sparsities of one variant stand above its points, those of the next one below
+    for label, members in variants.items():
+        several = len(members) > 1
+        found = [mean_interval(numbers(groups[at].results, accuracy)) for at in members]
+        means, halves = zip(*((mean, half or 0.0) for mean, half in found), strict=True)
+        look = {"color": groups[members[0]].colour, "marker": groups[members[0]].marker}
+        look |= {"ls": ":" if several else "", "markersize": 8, "capsize": 4}
+        ax.errorbar(places[members], means, halves, label=label, **look)
+        if several:
+            ends = np.add(means, halves) if above else np.subtract(means, halves)
+            for at, end in zip(members, ends, strict=True):
+                _name_sparsity(ax, groups[at], (places[at], end), above=above)
+            above = not above
+    _set_storage_scale(ax, smallest, nothing=bool((sizes == 0).any()))
+    ax.set_ylabel("average accuracy at the end (%)")
+    figure.legend(loc="outside right center", frameon=False)
+    figure.suptitle(titled("What an accuracy costs in storage", _members(groups)))
+    text = counted("95 % Student intervals", [len(group.results) for group in groups])
+    note(figure, f"percentages: sparsity; {text}" if len(variants) < len(groups) else text)
+    return figure
+
+
+def _name_sparsity(ax: Axes, group: Group, end: tuple[float, float], *, above: bool) -> None:
+    """The sparsity of a point at the upper or the lower end of its interval."""
+    beside = {"xytext": (0, 5 if above else -5), "va": "bottom" if above else "top"}
+    share = f"{100 * group.settings['sparsity']:g} %"
+    ax.annotate(share, end, textcoords="offset points", ha="center", size=9, color=GREY, **beside)
+
+
+def _set_storage_scale(ax: Axes, smallest: float, *, nothing: bool) -> None:
+    """A logarithmic scale in kB, with a tick for nothing at a tenth of the smallest storage."""
+    ax.set_xscale("log")
+    ax.margins(x=0.08, y=0.1)  # room for the sparsity above the highest
+    largest = ax.get_xlim()[1]
+    ticks = {smallest / 10: "nothing"} if nothing else {}
+    decades = 10.0 ** np.arange(math.floor(math.log10(smallest)), math.log10(largest))
+    ticks |= {size: f"{size:,.10g}" for size in decades if size > smallest / 4}
+    ax.set_xticks(list(ticks), list(ticks.values()))
+    ax.set_xticks([], minor=True)
+    ax.set_xlabel("storage per task beside the backbone (kB)")
+
+
+def _by_variant(groups: Sequence[Group]) -> dict[str, list[int]]:
+    """The places of groups of one method, budget and importance, by what tells these apart.
+
+    Groups that then have the same sparsity keep their full labels.
+    """
+    names = ("strategy", "budget", "importance")
+    short = labels([{name: g.settings.get(name) for name in names} for g in groups])
+    points = [(label, g.settings.get("sparsity")) for label, g in zip(short, groups, strict=True)]
+    found: dict[str, list[int]] = {}
+    for at, (group, point) in enumerate(zip(groups, points, strict=True)):
+        label = point[0] if points.count(point) == 1 else group.label
+        found.setdefault(label, []).append(at)
+    return found
+
+
+def _side_by_side(places: np.ndarray) -> np.ndarray:
+    """Places on a logarithmic axis, points at the same place moved apart."""
+    moved = places.copy()
+    for place in np.unique(places):
+        same = np.flatnonzero(places == place)
+        moved[same] *= 1.12 ** (np.arange(len(same)) - (len(same) - 1) / 2)
+    return moved
+
+
+@styled
+def drift_attribution(results: Iterable[Result]) -> Figure:
+    """Points of task 1's accuracy that return when one group of weights is put back to task 1.
+
+    A panel per configuration; the dashed line is all that task 1 has lost. Groups of weights are
+    those of ``benchmark.drift``. Configurations without drift are left out; raises ResultError if
+    that leaves none.
+    """
+    groups = [g for g in grouped(results) if any(r.drift for r in g.results)]
+    if not groups:
+        raise ResultError("no result has recorded its drift: give runs of strategies that drift")
+    recorded = {name for result in _members(groups) for name in result.drift}
+    rows = [name for name in (*KINDS, *STATES) if name in recorded]
+    each = 0.9 + 0.27 * len(rows)
+    figure, axes = panels(len(groups), 3, above=1.0, each=each, sharex=True, sharey=True)
+    for at, (group, ax) in enumerate(zip(groups, axes, strict=True)):
+        _draw_drift(ax, group, rows)
+        if at + 3 >= len(groups):
+            ax.set_xlabel("points that return")
+            ax.tick_params("x", labelbottom=True)
+    shown = ["other (a pooler)" if name == "other" else name for name in rows]
+    axes[0].set_yticks(range(len(rows)), shown)
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    title = "Where forgetting lives: task 1's accuracy with one group of weights put back"
+    figure.suptitle(titled(title, _members(groups)))
+    note(
+        figure,
+        "dashed: all that task 1 has lost (groups act together, so theirs need not add up to it); "
+        "mean and 95 % Student interval over n seeds",
+    )
+    return figure
+
+
+def _draw_drift(ax: Axes, group: Group, rows: list[str]) -> None:
+    drifted = [result for result in group.results if result.drift]
+    lost = np.mean([result.matrix[0][0] - result.matrix[-1][0] for result in drifted])
+    ax.axvline(lost, color=GREY, linestyle="--", linewidth=1)
+    ax.axvline(0, color=GREY, linewidth=1)
+    for row, name in enumerate(rows):
+        returned = [
+            result.drift[name]["accuracy"] - result.matrix[-1][0]
+            for result in drifted
+            if name in result.drift
+        ]
+        if returned:
+            _draw_dots(ax, row, group, returned)
+    # Kinds of weights stand above the line, states of a stack's weights below it.
+    ax.axhline(sum(name in KINDS for name in rows) - 0.35, color=GREY, linewidth=0.5)
+    ax.grid(visible=False, axis="y")
+    ax.set_title(counted(group.label, [len(drifted)]))
 
 
 # Dots: a row per configuration, a panel per quantity ----------------------------------------------
@@ -172,8 +306,8 @@ class Panel(NamedTuple):
 
 def dots(
     title: str,
-    groups: list[Group],
-    panels: list[Panel],
+    groups: Sequence[Group],
+    quantities: Sequence[Panel],
     *,
     zero: bool = False,
     same_scale: bool = False,
@@ -183,52 +317,75 @@ def dots(
     ``zero`` marks it; ``same_scale`` is for quantities in one unit. Raises ResultError where no
     group has anything.
     """
-    kept = [at for at in range(len(groups)) if any(panel.values[at] for panel in panels)]
+    kept = [at for at in range(len(groups)) if any(panel.values[at] for panel in quantities)]
     if not kept:
         raise ResultError(f"no result has what is drawn here ({title})")
-    labels = []
+    names = []
     for at in kept:
-        seeds = [len(panel.values[at]) for panel in panels if panel.values[at]]
-        labels.append(counted(groups[at].label, seeds))
-    lines = sum(label.count("\n") + 1.6 for label in labels)
-    columns = min(_PANELS, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(0.9 + (0.6 + 0.16 * lines) * rows)
-    axes = figure.subplots(rows, columns, sharex=same_scale, sharey=True, squeeze=False).ravel()
-    ticks = 6 if columns < 4 else 5  # numbers of two digits and a sign, side by side
-    for place, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
+        seeds = [len(panel.values[at]) for panel in quantities if panel.values[at]]
+        names.append(counted(groups[at].label, seeds))
+    each = 0.6 + 0.16 * len(names) * (max(name.count("\n") for name in names) + 1.6)
+    columns = 5
+    figure, axes = panels(
+        len(quantities), columns, above=0.9, each=each, sharex=same_scale, sharey=True
+    )
+    for place, (ax, panel) in enumerate(zip(axes, quantities, strict=True)):
         for row, at in enumerate(kept):
             if panel.values[at]:
-                draw_dots(ax, row, groups[at], panel.values[at])
+                _draw_dots(ax, row, groups[at], panel.values[at])
         if zero:
             ax.axvline(0, color=GREY, linewidth=1)
         ax.set_title(panel.title)
-        if place + columns >= len(panels) or not same_scale:
+        if place + columns >= len(quantities) or not same_scale:
             ax.set_xlabel(panel.unit)
             ax.tick_params("x", labelbottom=True)
-        _set_scale(ax, panels if same_scale else [panel], ticks)
+        _set_scale(ax, quantities if same_scale else [panel], 5 if len(quantities) > 3 else 6)
         ax.grid(visible=False, axis="y")
-    for ax in axes[len(panels) :]:
-        ax.remove()
-    axes[0].set_yticks(range(len(kept)), labels)
+    axes[0].set_yticks(range(len(kept)), names)
     axes[0].set_ylim(len(kept) - 0.4, -0.6)
-    figure.suptitle(titled(title, (r for at in kept for r in groups[at].results)))
-    figure.supxlabel(_INTERVALS, fontsize=9, color=GREY)
+    figure.suptitle(titled(title, _members([groups[at] for at in kept])))
+    note(figure, _INTERVALS)
     return figure
 
 
-def _set_scale(ax: Axes, panels: list[Panel], ticks: int) -> None:
-    """Few round ticks for what panels hold; around nothing but zeros, or rounding would show."""
-    zeros = not any(any(values) for panel in panels for values in panel.values)
+def _set_scale(ax: Axes, quantities: Sequence[Panel], ticks: int) -> None:
+    """Few round ticks; where all values are zero, a scale of points and not of rounding errors."""
+    zeros = not any(any(values) for panel in quantities for values in panel.values)
     if zeros:
         ax.set_xlim(-1, 1)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=2 if zeros else ticks, steps=[1, 2, 5, 10]))
 
 
-def draw_dots(ax: Axes, row: int, group: Group, values: list[float]) -> None:
+def _difference_dots(
+    title: str,
+    results: Iterable[Result],
+    quantities: Mapping[str, tuple[str, Value]],
+    baseline: str,
+    *,
+    same_scale: bool = False,
+) -> Figure:
+    """``dots`` of every configuration less the baseline strategy, seed by seed.
+
+    ``title`` has ``{}`` for the baseline; ``quantities`` maps a panel's title to its unit and
+    value. Raises ResultError where no run has a partner.
+    """
+    results = list(results)
+    groups = [g for g in grouped(results) if g.settings["strategy"] != baseline]
+    pairs = [with_partners(g.results, results, baseline=baseline) for g in groups]
+    drawn = [
+        Panel(name, unit, [differences(own, value) for own in pairs])
+        for name, (unit, value) in quantities.items()
+    ]
+    if not any(values for panel in drawn for values in panel.values):
+        raise no_pairs(baseline)
+    title = title.format(method(baseline).label)
+    return dots(title, groups, drawn, zero=True, same_scale=same_scale)
+
+
+def _draw_dots(ax: Axes, row: int, group: Group, values: Sequence[float]) -> None:
     """One mean with its interval, and the single seeds below it.
 
-    No interval of two seeds: it is wider than any scale the others can be read on.
+    The interval of two seeds is left out: no other could be read on its scale.
     """
     mean, half = mean_interval(values)
     ax.errorbar(
@@ -245,17 +402,10 @@ def draw_dots(ax: Axes, row: int, group: Group, values: list[float]) -> None:
         ax.plot(values, [row + 0.25] * len(values), "o", color=group.colour, ms=4, mfc="none")
 
 
-def numbers(results: list[Result], value: Callable[[Result], float | None]) -> list[float]:
+def numbers(results: Iterable[Result], value: Value) -> list[float]:
     """A number per run, without those that have none."""
     return [number for result in results if (number := value(result)) is not None]
 
 
-def _lost_on(task: str) -> Callable[[Result], float | None]:
-    def lost(result: Result) -> float | None:
-        order = task_names(result)[:-1]
-        if result.matrix is None or task not in order:
-            return None
-        points = float(points_lost(result.matrix)[order.index(task)])
-        return None if math.isnan(points) else points
-
-    return lost
+def _members(groups: Iterable[Group]) -> list[Result]:
+    return [result for group in groups for result in group.results]

@@ -1,90 +1,93 @@
-"""Figures of what is locked and what it costs. Each function returns a Figure."""
+"""Figures of locked weights, own weights and masks. Each function returns a Figure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from bitstack_nb.figures.style import (
-    GREY,
-    SHARES,
-    Figure,
+from bitstack_nb.benchmark.curves import LockCurves
+from bitstack_nb.figures.methods import (
+    MARKERS,
     counted,
     described,
-    draw_shares,
     grouped,
     is_published,
-    names,
+    labels,
     shared_task_names,
-    styled,
     task_names,
     titled,
+)
+from bitstack_nb.figures.style import (
+    SHARES,
+    Figure,
+    colour_bar,
+    heatmap,
+    note,
+    panels,
+    styled,
 )
 from bitstack_nb.results.metrics import mean_interval
 from bitstack_nb.results.pairs import metric, partner
 from bitstack_nb.results.result import Result, ResultError
 
-OUTSIDE = "other"
+if TYPE_CHECKING:
+    from bitstack_nb.recall import ExactRecall
+
+OUTSIDE = "other"  # the row of the weights outside the layers
 _LEFT = "0.95"
-_LEGEND_COLUMNS = 3
 _DASHES = ("-", "--", ":", "-.")
 
 
 @styled
 def ablation(results: Iterable[Result]) -> Figure:
-    """Metrics, locks and the masks' weight against sparsity: a line per budget.
+    """Metrics, locked weights and storage of the masks against sparsity: a line per budget.
 
     A line whose runs have no sparsity 0 of their own starts with the fine-tuning runs that agree
-    with them in all settings (but not one of exact recall), and needs three sparsities: two would
-    be a comparison drawn as a trend. A mask weighs one bit per eligible entry and 4 bytes per
-    locked one, its float32 value (``storage``; headers aside). Raises ResultError without a line.
+    with them in all settings (but not one of exact recall). It needs three sparsities. A mask
+    takes one bit per eligible weight and 4 bytes per locked one. Raises ResultError without a line.
     """
-    results = list(results)
-    lines = [line for line in _sparsity_lines(results) if len(line.points) > 2]
+    lines = [line for line in _sparsity_lines(list(results)) if len(line.points) > 2]
     if not lines:
         raise ResultError(
             "no configuration has three sparsities: give runs of a strategy that locks (bitstack) "
             "with more of them"
         )
-    figure = Figure(6.2)
-    axes = figure.subplots(2, 3, sharex=True).ravel()
     members = [r for line in lines for runs in line.points.values() for r in runs]
     large = max(mask_bytes(run) or 0 for run in members) >= 2**20
     unit, size = ("MiB", 2**20) if large else ("KiB", 2**10)
-    panels = {
+    values = {
         "forgetting (points)": metric("forgetting"),
         "learning accuracy (%)": metric("learning_accuracy"),
         "average accuracy at the end (%)": metric("average_accuracy"),
         "locked (% of eligible)": _locked,
         f"masks and locked values ({unit})": lambda result: (
-            None if (weight := mask_bytes(result)) is None else weight / size
+            None if (stored := mask_bytes(result)) is None else stored / size
         ),
     }
-    for ax, (title, value) in zip(axes, panels.items(), strict=False):
+    figure, axes = panels(6, 3, above=0.6, each=2.8, sharex=True)
+    for ax, (title, value) in zip(axes, values.items(), strict=False):
         for line in lines:
             _draw_line(ax, line, value)
         ax.set_title(title)
         ax.set_xlabel("sparsity (share a task may lock)")
         ax.tick_params("x", labelbottom=True)
-    handles, labels = axes[3].get_legend_handles_labels()
     axes[5].axis("off")
-    axes[5].legend(handles, labels, loc="center", frameon=False)
+    axes[5].legend(*axes[3].get_legend_handles_labels(), loc="center", frameon=False)
     figure.suptitle(titled("Sparsity: what a task may lock, and what follows", members))
-    figure.supxlabel("mean and 95 % Student interval over n seeds", fontsize=9, color=GREY)
+    note(figure, "mean and 95 % Student interval over n seeds")
     return figure
 
 
 class _Line(NamedTuple):
     label: str
-    colour: Any
-    marker: str
-    dash: str
+    look: dict[str, str]
     points: dict[float, list[Result]]  # by sparsity
 
 
@@ -92,15 +95,19 @@ def _sparsity_lines(results: list[Result]) -> list[_Line]:
     groups = [g for g in grouped(results) if g.settings["sparsity"] is not None]
     others = [{k: v for k, v in g.settings.items() if k != "sparsity"} for g in groups]
     lines: dict[str, _Line] = {}
-    for group, label in zip(groups, names(others), strict=True):
-        if label not in lines:  # lines of one budget share its colour and differ in their dashes
-            alike = sum(line.colour == group.colour for line in lines.values())
-            dash = _DASHES[alike % len(_DASHES)]
-            lines[label] = _Line(label, group.colour, group.marker, dash, {})
+    for group, label in zip(groups, labels(others), strict=True):
+        if label not in lines:  # lines of one method differ in dashes and markers
+            at = sum(line.look["color"] == group.colour for line in lines.values())
+            look = {
+                "color": group.colour,
+                "linestyle": _DASHES[at % len(_DASHES)],
+                "marker": MARKERS[at % len(MARKERS)],
+            }
+            lines[label] = _Line(label, look, {})
         lines[label].points[group.settings["sparsity"]] = group.results
     for line in lines.values():
         runs = [run for own in line.points.values() for run in own]
-        # Recall without entries would be a head on the base, and not fine-tuning.
+        # Exact recall without own weights would be a head on the base, and not fine-tuning.
         if 0 not in line.points and runs[0].protocol["strategy"] != "recall":
             partners = [p for run in runs if (p := partner(run, results, "finetune"))]
             zero = [p for at, p in enumerate(partners) if p not in partners[:at]]
@@ -117,34 +124,32 @@ def _draw_line(ax: Axes, line: _Line, value: Callable[[Result], float | None]) -
             xs.append(sparsity)
             means.append(mean)
             halves.append(half or 0.0)
-    look = {"color": line.colour, "linestyle": line.dash, "marker": line.marker}
-    face = "white" if line.marker == "D" else line.colour
     label = counted(line.label, map(len, line.points.values()))
-    ax.plot(xs, means, label=label, markersize=5, markerfacecolor=face, **look)
+    ax.plot(xs, means, label=label, markersize=5, **line.look)
+    band = {"facecolor": (line.look["color"], 0.12), "edgecolor": (line.look["color"], 0.5)}
     low, high = np.subtract(means, halves), np.add(means, halves)
-    ax.fill_between(xs, low, high, color=line.colour, alpha=0.15, linewidth=0)
+    ax.fill_between(xs, low, high, linestyle=line.look["linestyle"], linewidth=0.8, **band)
 
 
 def _locked(result: Result) -> float | None:
-    """Locked % of the eligible entries after the last task; 0 for strategies that do not lock."""
+    """Locked % of the eligible weights after the last task; 0 for strategies that do not lock."""
     if not result.lock_stats:
         return 0.0 if _locks_nothing(result) else None
     return result.lock_stats[-1].get("frozen_pct")
 
 
 def mask_bytes(result: Result) -> float | None:
-    """Bytes of a run's masks and the values under them; None where it is not known.
+    """Storage of a run's masks and the values under them in bytes; None where it is not known.
 
-    One bit per eligible entry and 4 bytes per locked one (float32), as ``storage`` writes them;
-    names, counts per task and the bits that fill a parameter's last byte come on top. Of exact
-    recall what the run recorded, its owners being compressed. 0 for strategies that do not lock.
+    One bit per eligible weight and 4 bytes per locked one (float32), headers aside. For exact
+    recall the bytes that the run recorded. 0 for strategies that do not lock.
     """
     if result.protocol.get("strategy") == "recall":
         return result.storage.get("bytes")
     if not result.lock_stats:
         return 0.0 if _locks_nothing(result) else None
     stats = result.lock_stats[-1]
-    if not {"eligible", "locked"} <= stats.keys():
+    if not {"eligible", "locked"} <= stats.keys():  # published numbers
         return None
     return stats["eligible"] / 8 + 4 * stats["locked"]
 
@@ -153,115 +158,171 @@ def _locks_nothing(result: Result) -> bool:
     return result.protocol.get("sparsity") is None and not is_published(result)
 
 
-# What is locked where -------------------------------------------------------------------------
+# Shares of each layer and module ------------------------------------------------------------------
 
 
 @styled
 def lock_heatmaps(locks: Result | pd.DataFrame) -> Figure:
-    """What each task chose, and what is locked after all of them, layer by module.
+    """The weights that each task chose, and those locked after all, layer by module.
 
     Args:
-        locks: a result, or the ``BitStack.layer_table()`` of a live stack.
+        locks: a result, or the ``layer_table()`` of a live stack.
 
-    Shares of a module's eligible entries, in %. A task's panel shows all that it chose: with the
+    Shares of a module's eligible weights, in %. A task's panel shows all that it chose: with the
     budget ``union`` some of that was locked before. The row "other" is what lies outside the
-    blocks. Raises ResultError where there are no locks.
+    layers. Raises ResultError where there are no locks.
     """
     table, tasks = layer_table(locks)
-    panels = []
-    for number, name in enumerate(tasks, start=1):
+    shown = {}
+    for number, name in tasks.items():
         own = table[table["task"] == number]
-        share = own["selected"].sum() / own["eligible"].sum()
-        panels.append((f"{name} chose {share:.1%}", _shares(own, "selected")))
-    share = own["locked"].sum() / own["eligible"].sum()
-    panels.append((f"after all: {share:.1%} locked", _shares(own, "locked")))
-    down = math.ceil(len(panels) / 3)
-    names_below = short_names(panels[0][1].columns)
-    figure = Figure(
-        1.3 + down * (0.4 + 0.23 * len(panels[0][1])) + 0.08 * max(map(len, names_below))
-    )
-    axes = figure.subplots(down, min(3, len(panels)), squeeze=False).ravel()
-    for at, (ax, (title, shares)) in enumerate(zip(axes, panels, strict=False)):
-        draw_shares(
-            ax,
-            100 * shares.to_numpy(),
-            rows=list(shares.index) if at % 3 == 0 else None,
-            columns=names_below if at + 3 >= len(panels) else None,
-        )
-        ax.tick_params("x", rotation=90)
+        shown[f"{name} chose {_share(own, 'selected')}"] = shares(own, "selected")
+    shown[f"after all: {_share(own, 'locked')} locked"] = shares(own, "locked")
+    first = next(iter(shown.values()))
+    below = 0.08 * max(map(len, first.columns))
+    figure, axes = panels(len(shown), 3, above=1.3 + below, each=0.4 + 0.23 * len(first))
+    for at, (ax, (title, percent)) in enumerate(zip(axes, shown.items(), strict=True)):
+        heatmap(ax, percent, rows=at % 3 == 0, columns=at + 3 >= len(shown))
         ax.set_title(title)
         ax.set_ylabel("layer" if at % 3 == 0 else "")
-    for ax in axes[len(panels) :]:
-        ax.remove()
-    drawn = axes[: len(panels)]
-    bar = figure.colorbar(drawn[0].collections[0], ax=drawn.tolist(), location="bottom", aspect=60)
-    bar.set_label("share of the module's eligible entries (%)")
-    figure.suptitle(_heatmap_title(locks))
+    label = "share of the module's eligible weights (%)"
+    colour_bar(figure, axes, label, location="bottom", aspect=60)
+    figure.suptitle(_title("Locked weights by layer and module", locks))
     return figure
 
 
-def _heatmap_title(locks: Result | pd.DataFrame) -> str:
-    title = "Locked entries by layer and module"
+def _share(table: pd.DataFrame, what: str) -> str:
+    return f"{100 * table[what].sum() / table['eligible'].sum():.1f} %"
+
+
+@styled
+def ownership(locks: Result | pd.DataFrame) -> Figure:
+    """The share of each layer, and of each module, that is a task's own weights, in %.
+
+    Args:
+        locks: a result of strategy ``recall``, or the ``layer_table()`` of an ``ExactRecall``.
+
+    "other" is what lies outside the layers. Raises ResultError where there are no own weights.
+    """
+    table, tasks = layer_table(locks)
+    outside = table["layer"].isna()
+    modules = table["module"].where(~outside, OUTSIDE)
+    places = {
+        "layer": table["layer"].map(_layer_name),
+        "module": modules.map(short_names(modules.unique())),
+    }
+    shown = {}
+    for title, place in places.items():
+        sums = table.groupby(["task", place], sort=False)[["selected", "eligible"]].sum()
+        share = (100 * sums["selected"] / sums["eligible"]).unstack()
+        shown[title] = share[place.unique()].rename(index=tasks)
+    top = max(share.to_numpy().max() for share in shown.values())
+    below = 0.08 * max(map(len, places["module"]))
+    figure, axes = panels(2, 2, above=1.2 + below, each=0.25 * len(tasks) + 0.3)
+    for ax, (title, share) in zip(axes, shown.items(), strict=True):
+        heatmap(ax, share, top=top, rows=title == "layer")
+        ax.set_title(f"by {title}")
+    label = "own weights (% of the eligible ones)"
+    colour_bar(figure, axes, label, location="bottom", aspect=60)
+    figure.suptitle(_title("Own weights of each task", locks))
+    return figure
+
+
+def _title(title: str, locks: Result | pd.DataFrame) -> str:
     if not isinstance(locks, Result):
         return title
     return titled(f"{title}: {described(locks)}", [locks])
 
 
-def layer_table(locks: Result | pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """A layer table whose layer is text, and a name per task."""
+def layer_table(locks: Result | pd.DataFrame) -> tuple[pd.DataFrame, dict[int | str, str]]:
+    """A layer table, and a name for each of its tasks."""
     is_result = isinstance(locks, Result)
     table = pd.DataFrame(locks.locks) if is_result else locks
     if table.empty:
-        whose = f"of strategy {locks.protocol['strategy']!r}" if is_result else "in this table"
+        origin = f"of strategy {locks.protocol['strategy']!r}" if is_result else "in this table"
         raise ResultError(
-            f"there are no locks {whose}: give a result of a strategy that locks (bitstack), or "
+            f"there are no locks {origin}: give a result of a strategy that locks (bitstack), or "
             "the layer_table() of a stack after its first update"
         )
-    missing = {"layer", "module", "task", "eligible", "selected", "locked"} - set(table)
-    if missing:
-        raise ResultError(f"the layer table lacks {', '.join(sorted(missing))}")
-    numbers = range(1, int(table["task"].max()) + 1)
-    known = task_names(locks) if is_result else []
-    tasks = [known[n - 1] if n <= len(known) else f"task {n}" for n in numbers]
-    return table, tasks
+    tasks = list(table["task"].unique())
+    if is_result:
+        return table, dict(zip(tasks, task_names(locks), strict=True))
+    return table, {task: task if isinstance(task, str) else f"task {task}" for task in tasks}
 
 
-def _shares(table: pd.DataFrame, what: str) -> pd.DataFrame:
-    """``what`` over eligible of one task's rows: layer by module, NaN where there is none."""
-    blocks = table["layer"].notna()
-    layers = [*sorted(table["layer"][blocks].unique()), *([None] if not blocks.all() else [])]
-    modules = list(dict.fromkeys([*table["module"][blocks], *table["module"][~blocks]]))
-    shares = np.full((len(layers), len(modules)), np.nan)
-    for row in table.to_dict("records"):
-        layer = None if pd.isna(row["layer"]) else row["layer"]
-        at = layers.index(layer), modules.index(row["module"])
-        shares[at] = row[what] / row["eligible"] if row["eligible"] else 0.0
-    index = [OUTSIDE if layer is None else int(layer) for layer in layers]
-    return pd.DataFrame(shares, index=index, columns=modules)
+def shares(table: pd.DataFrame, what: str) -> pd.DataFrame:
+    """The column ``what`` of one task's rows of a layer table in % of eligible: layer by module.
+
+    NaN where a layer has no such module.
+    """
+    inside, outside = table[table["layer"].notna()], table[table["layer"].isna()]
+    layers = [*sorted(inside["layer"].unique()), *([OUTSIDE] if len(outside) else [])]
+    modules = list(dict.fromkeys([*inside["module"], *outside["module"]]))
+    percent = 100 * table[what] / table["eligible"]
+    places = [table["layer"].map(_layer_name), table["module"]]
+    frame = percent.groupby(places).sum().unstack()
+    frame = frame.reindex(index=[_layer_name(layer) for layer in layers], columns=modules)
+    return frame.rename(columns=short_names(modules))
 
 
-def short_names(modules: Sequence[str]) -> list[str]:
+def _layer_name(layer: int | str | None) -> str:
+    return OUTSIDE if layer == OUTSIDE or pd.isna(layer) else str(int(layer))
+
+
+def short_names(modules: Sequence[str]) -> dict[str, str]:
     """Each name's shortest end that no other one has, whole parts only."""
-    short = []
+    short = {}
     for module in modules:
         parts = module.split(".")
         ends = [".".join(parts[at:]) for at in reversed(range(len(parts)))]
         unique = (e for e in ends if sum(f".{m}".endswith(f".{e}") for m in modules) == 1)
-        short.append(next(unique, module))
+        short[module] = next(unique, module)
     return short
 
 
 @styled
-def capacity(locks: Iterable[Result] | pd.DataFrame) -> Figure:
-    """Locked % of the eligible entries, task by task, and what is left: a bar per configuration.
+def own_weights(tasks: ExactRecall, name: str, *, size: int = 96) -> Figure:
+    """The own weights of each task in the first rows and columns of a matrix, one square each.
 
-    Takes results (those without locks are left out) or one ``BitStack.layer_table()``. Means over
-    seeds; the numbers beside a bar come with their 95 % Student interval. Raises ResultError where
-    there are no locks.
+    Args:
+        tasks: an ``ExactRecall`` with one task or more.
+        name: of a parameter with two dimensions, as in ``tasks.mask(task)``.
+        size: rows and columns that are shown at most.
+    """
+    masks = [tasks.mask(task)[name].cpu().numpy() for task in tasks.names]
+    if masks[0].ndim != 2:
+        raise ValueError(f"{name} has shape {masks[0].shape}, expected two dimensions")
+    shown = np.stack(masks)[:, :size, :size]
+    several = len(masks) + 1
+    owner = np.where(shown.any(0), shown.argmax(0) + 1, 0)
+    owner = np.where(shown.sum(0) > 1, several, owner)
+    colours = ListedColormap(["white", *SHARES(np.linspace(0.2, 0.95, len(masks))), "crimson"])
+    figure = Figure(1.4 + 4 * min(1.0, owner.shape[0] / owner.shape[1]))
+    ax = figure.subplots()
+    ax.imshow(owner, cmap=colours, vmin=-0.5, vmax=several + 0.5, interpolation="nearest")
+    ax.grid(visible=False)
+    ax.set(xlabel="column", ylabel="row")
+    legend = [*tasks.names, *(["several tasks"] if several in owner else [])]
+    patches = [Patch(color=colours(at), label=task) for at, task in enumerate(legend, start=1)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(f"Own weights of each task in {name}; white: the base")
+    return figure
+
+
+# Capacity, overlap and storage --------------------------------------------------------------------
+
+
+@styled
+def capacity(locks: Iterable[Result] | pd.DataFrame) -> Figure:
+    """Locked % of the eligible weights, task by task, and what is left: a bar per configuration.
+
+    Takes results (those without locks are left out) or one ``layer_table()``. Means over seeds;
+    the numbers beside a bar come with their 95 % Student interval. Raises ResultError where there
+    are no locks.
     """
     if isinstance(locks, pd.DataFrame):
-        table, tasks = layer_table(locks)
-        bars, members = {"this stack": [_locked_after(table)]}, []
+        table, names = layer_table(locks)
+        bars, members, tasks = {"this stack": [_locked_after(table)]}, [], list(names.values())
     else:
         groups = [g for g in grouped(locks) if all(r.locks for r in g.results)]
         if not groups:
@@ -270,18 +331,18 @@ def capacity(locks: Iterable[Result] | pd.DataFrame) -> Figure:
         tasks = shared_task_names(members)
         bars = {
             counted(g.label, [len(g.results)]): [
-                _locked_after(layer_table(r)[0]) for r in g.results
+                _locked_after(pd.DataFrame(r.locks)) for r in g.results
             ]
             for g in groups
         }
-    lines = sum(label.count("\n") + 1.6 for label in bars)
-    legend = max(2, math.ceil((len(tasks) + 1) / _LEGEND_COLUMNS))
-    figure = Figure(1.3 + 0.2 * legend + 0.16 * lines)
+    columns = 3
+    legend = max(2, math.ceil((len(tasks) + 1) / columns))
+    figure = Figure(1.3 + 0.2 * legend + 0.45 * len(bars))
     ax = figure.subplots()
     colours = SHARES(np.linspace(0.25, 0.9, len(tasks)))
     notes = [_draw_bar(ax, row, seeds, colours) for row, seeds in enumerate(bars.values())]
     ax.set_yticks(range(len(bars)), list(bars))
-    ax.set(xlim=(0, 100), ylim=(len(bars) - 0.4, -0.6), xlabel="share of the eligible entries (%)")
+    ax.set(xlim=(0, 100), ylim=(len(bars) - 0.4, -0.6), xlabel="share of the eligible weights (%)")
     ax.grid(visible=False, axis="y")
     ax.secondary_yaxis("right").set_yticks(range(len(bars)), notes)
     patches = [
@@ -289,19 +350,19 @@ def capacity(locks: Iterable[Result] | pd.DataFrame) -> Figure:
         for task, colour in zip(tasks, colours, strict=True)
     ]
     patches.append(Patch(color=_LEFT, label="left"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=_LEGEND_COLUMNS, frameon=False)
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(titled("Capacity used by each task, and left", members))
     return figure
 
 
 def _locked_after(table: pd.DataFrame) -> np.ndarray:
-    """Locked % of the eligible entries after each task: float64 [tasks]."""
-    sums = table.groupby("task")[["locked", "eligible"]].sum()
+    """Locked % of the eligible weights after each task: float64 [tasks]."""
+    sums = table.groupby("task", sort=False)[["locked", "eligible"]].sum()
     return (100 * sums["locked"] / sums["eligible"]).to_numpy()
 
 
 def _draw_bar(ax: Axes, row: int, seeds: list[np.ndarray], colours: np.ndarray) -> str:
-    """Draw a bar of what is locked after each task, per seed, and say what it ends at."""
+    """Draw a bar of the shares locked after each task; return its end in words."""
     after = np.mean(seeds, axis=0)
     starts = [0.0, *after]
     faces = [*colours[: len(after)], _LEFT]
@@ -310,3 +371,71 @@ def _draw_bar(ax: Axes, row: int, seeds: list[np.ndarray], colours: np.ndarray) 
     mean, half = mean_interval([own[-1] for own in seeds])
     spread = "" if half is None else f" ± {half:.1f}"
     return f"{mean:.1f}{spread} % locked\n{100 - mean:.1f} % left"
+
+
+@styled
+def task_overlap(result: Result, sparsities: Sequence[float] = (0.05, 0.12, 0.40)) -> Figure:
+    """Shared over united weights of two tasks' choices (Jaccard), in %: a panel per sparsity.
+
+    Of the importance recorded with the run, measured with the masks lifted. Two random choices of
+    the share s overlap by s / (2 - s). Raises ResultError where no importance is recorded.
+    """
+    if not result.importance:
+        raise ResultError(
+            f"this result of strategy {result.protocol['strategy']!r} has no recorded importance: "
+            "give a run of bitstack"
+        )
+    curves = LockCurves.from_record(result.importance)
+    tasks = task_names(result)
+    figure, axes = panels(len(sparsities), 3, above=0.4, each=3.2)
+    for at, (ax, sparsity) in enumerate(zip(axes, sparsities, strict=True)):
+        percent = pd.DataFrame(100 * curves.overlap(sparsity), index=tasks, columns=tasks)
+        heatmap(ax, percent, rows=at % 3 == 0)
+        ax.set_aspect("equal")
+        chance = sparsity / (2 - sparsity)
+        ax.set_title(f"sparsity {100 * sparsity:g} %\n(two random choices: {100 * chance:.0f} %)")
+    colour_bar(figure, axes, "shared of united weights (%)", shrink=0.8, aspect=20)
+    title = f"Overlap of the tasks' choices, masks lifted: {described(result)}"
+    figure.suptitle(titled(title, [result]))
+    return figure
+
+
+@styled
+def mask_weight(result: Result) -> Figure:
+    """The storage of a run's mask beside the values it locks and copies of the weights.
+
+    One bit per eligible weight; values and weights as float32, 4 bytes. Raises ResultError for a
+    strategy without masks.
+    """
+    if not result.lock_stats or not result.protocol.get("budget"):
+        strategy = result.protocol["strategy"]
+        raise ResultError(f"strategy {strategy!r} has no masks: give a run of bitstack")
+    stats, tasks = result.lock_stats[-1], len(result.lock_stats)
+    mask, copy = (stats["eligible"] + 7) // 8, 4 * stats["total"]
+    stored = {
+        "the mask of all tasks (1 bit per eligible weight)": mask,
+        f"a mask for each of {tasks} tasks": tasks * mask,
+        "the values it locks": 4 * stats["locked"],
+        "a copy of all weights": copy,
+        f"a copy for each of {tasks} tasks": tasks * copy,
+    }
+    figure = Figure(2.6)
+    ax = figure.subplots()
+    colours = [*SHARES([0.75] * 3), *SHARES([0.35] * 2)]
+    bars = ax.barh(list(stored), [n / 2**20 for n in stored.values()], height=0.6, color=colours)
+    ax.bar_label(bars, [size(n) for n in stored.values()], padding=4)
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.margins(x=0.15)
+    ax.set_xlabel("MiB")
+    ax.set_title(f"{described(result)}, {stats['total'] / 1e6:.1f} M parameters")
+    figure.suptitle(titled("Storage of a mask", [result]))
+    return figure
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that reads well."""
+    for unit, factor in (("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} bytes"

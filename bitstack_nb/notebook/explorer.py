@@ -1,7 +1,7 @@
-"""The sparsity explorer: a slider, and what that sparsity would lock, redrawn as it moves.
+"""The sparsity explorer: a slider, and the weights that its sparsity would lock, drawn as it moves.
 
-Only widgets that ipywidgets 7.7 and 8 share, so that it runs on Colab and in JupyterLab. What is
-shown comes from ``lock_view`` (numbers) and ``lock_picture`` (heatmap); this is the layer above.
+It needs only widgets that ipywidgets 7.7 and 8 share, so it runs on Colab and in JupyterLab.
+``lock_view`` has the numbers; this file shows them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ from html import escape
 from typing import Any
 
 import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+from PIL import Image
 
 from bitstack_nb.benchmark.curves import SPARSITIES
-from bitstack_nb.figures.lock_picture import LockPicture
-from bitstack_nb.figures.lock_view import TOGETHER, LockView
+from bitstack_nb.benchmark.protocol import PRESETS
+from bitstack_nb.figures.style import Figure, colour_bar, heatmap, lay_out, refill, small_png, style
+from bitstack_nb.notebook.lock_view import TOGETHER, LockView
 from bitstack_nb.notebook.retrain import Retraining, stop_running
 from bitstack_nb.results.result import Result
 from bitstack_nb.settings import BUDGETS
 from bitstack_nb.stack import BitStack
+
+SMOKE = PRESETS["smoke"]  # the run of the button
 
 
 def explore(
@@ -35,7 +41,7 @@ def explore(
     Args:
         source: a result with recorded importance, any other lock curves as a :class:`LockView`,
             or a stack, which is left as it is.
-        loader, n_batches: for a stack, what ``update`` would be given.
+        loader, n_batches: for a stack, the arguments of ``update``.
         output: folder for runs that the button starts (there is none for a stack).
 
     Raises:
@@ -56,7 +62,7 @@ class Explorer(widgets.VBox):
 
     Attributes:
         sparsity, task, budget: the controls; setting ``value`` redraws.
-        image, numbers: the picture (PNG) and the numbers (HTML) of what they say.
+        image, numbers: the picture (PNG) and the numbers (HTML) of their choice.
         retraining: the panel below, or None.
     """
 
@@ -92,7 +98,7 @@ class Explorer(widgets.VBox):
         ]
         super().__init__([*parts, *([self.retraining] if self.retraining else [])])
 
-    def __repr__(self) -> str:  # what a page without widgets shows
+    def __repr__(self) -> str:  # shown by a page without widgets
         return "Explorer: open this notebook in Jupyter or Colab and run it to move the slider"
 
     def show(self, view: LockView) -> None:
@@ -102,18 +108,65 @@ class Explorer(widgets.VBox):
             self._redraw()
 
     def _show(self, view: LockView) -> None:
-        self._view, self._picture = view, LockPicture(view.curves.cells)
+        self._view = view
+        self._picture = LockPicture(view.shares(0, budget=BUDGETS[0], task=TOGETHER))
         numbers = range(len(view.tasks) + 1)
         self.task.options = [(view.name(number), number) for number in numbers]
         self.task.value = TOGETHER
 
     def _redraw(self, change: Any = None) -> None:
         with self._lock:
-            sparsity, budget, task = self.sparsity.value, self.budget.value, self.task.value
-            shares = self._view.shares(sparsity, budget=budget, task=task)
-            title = f"{self._view.name(task)}, sparsity {sparsity:.0%}, budget {budget}"
-            self.image.value = self._picture.png(shares, title=title)
-            self.numbers.value = self._view.html(sparsity, budget=budget, task=task)
+            sparsity = self.sparsity.value
+            choice = {"budget": self.budget.value, "task": self.task.value}
+            facts = self._view.facts(sparsity, **choice)
+            by_task = self._view.by_task(sparsity, **choice)
+            self.image.value = self._picture.png(
+                self._view.shares(sparsity, **choice), title=facts["shown"]
+            )
+            self.numbers.value = _html(facts, by_task, self._view.source)
+
+
+def _html(facts: Mapping[str, str], by_task: pd.DataFrame, source: str) -> str:
+    """The numbers as HTML that takes its colours from the page."""
+    said = pd.Series(facts).to_frame().to_html(header=False, border=0)
+    table = by_task.to_html(border=0, na_rep="", justify="left")
+    note = "Overlap: weights shared of those united, of choices with the masks lifted."
+    return f"{said}<br>{table}<small>{escape(source)}. {note if len(by_task) > 1 else ''}</small>"
+
+
+class LockPicture:
+    """The explorer's heatmap: drawn once, then only its cells, numbers and title, so it is fast.
+
+    Args:
+        percent: layer by module, as ``LockView.shares``.
+    """
+
+    def __init__(self, percent: pd.DataFrame) -> None:
+        with style():
+            below = 0.08 * max(map(len, percent.columns))
+            self._figure = Figure(min(0.9 + below + 0.24 * len(percent), 9.0), width=5.6)
+            self._axes = self._figure.subplots()
+            heatmap(self._axes, percent)
+            self._axes.set_ylabel("layer")
+            colour_bar(self._figure, np.array([self._axes]), "% of the module's weights", aspect=30)
+            self._title = self._axes.set_title(" ")
+            lay_out(self._figure)
+        self._moving = [self._axes.collections[0], *self._axes.texts, self._title]
+        for artist in self._moving:
+            artist.set_animated(True)
+        canvas = self._figure.canvas
+        canvas.draw()
+        self._background = canvas.copy_from_bbox(self._figure.bbox)
+
+    def png(self, percent: pd.DataFrame, *, title: str) -> bytes:
+        """The picture with these percentages and a line above."""
+        refill(self._axes, percent)
+        self._title.set_text(title)
+        canvas = self._figure.canvas
+        canvas.restore_region(self._background)
+        for artist in self._moving:
+            self._axes.draw_artist(artist)
+        return small_png(Image.fromarray(np.asarray(canvas.buffer_rgba())), fast=True)
 
 
 class RetrainingPanel(widgets.VBox):
@@ -140,32 +193,32 @@ class RetrainingPanel(widgets.VBox):
 
     def _start(self, _: Any) -> None:
         sparsity, budget = self._explorer.sparsity.value, self._explorer.budget.value
-        self._settings = f"smoke benchmark at sparsity {sparsity:.0%}, budget {budget}"
+        self._settings = f"smoke benchmark at sparsity {100 * sparsity:.0f} %, budget {budget}"
         self.start.disabled, self.stop.disabled = True, False
         self.progress.value, self.progress.layout.visibility = 0, "visible"
-        self.message.value = f"{self._settings}: starting"
+        self._say("starting")
+        protocol = SMOKE.with_strategy("bitstack", sparsity=round(sparsity, 2), budget=budget)
         self.run = Retraining(
-            sparsity,
-            budget,
-            output=self._output,
-            on_progress=self._show_progress,
-            on_end=self._end,
+            protocol, output=self._output, on_progress=self._show_progress, on_end=self._end
         )
 
-    def _show_progress(self, done: int, total: int, what: str) -> None:
+    def _say(self, text: str) -> None:
+        self.message.value = f"{self._settings}: {escape(text)}"
+
+    def _show_progress(self, done: int, total: int) -> None:
         self.progress.max, self.progress.value = total, done
-        self.message.value = f"{self._settings}: {done} of {total} batches, {escape(what)}"
+        self._say(f"{done} of {total} batches")
 
     def _end(self, result: Result | None, reason: str) -> None:
         self.start.disabled, self.stop.disabled = False, True
         self.progress.layout.visibility = "hidden"
         if result is None:
-            self.message.value = f"{self._settings}: {escape(reason)}"
+            self._say(reason)
             return
         average, forgetting = (result.metrics[n] for n in ("average_accuracy", "forgetting"))
         forgot = "" if forgetting is None else f", forgetting {forgetting:.1f} points"
         self._explorer.show(LockView.of_result(result))
-        self.message.value = (
-            f"{self._settings}, seed {result.protocol['seed']}, synthetic texts: average accuracy "
-            f"{average:.1f}%{forgot}. Shown above: what this run's importance would lock."
+        self._say(
+            f"synthetic texts, seed {result.protocol['seed']}: average accuracy {average:.1f} %"
+            f"{forgot}. Above: the weights that this run's importance would lock."
         )

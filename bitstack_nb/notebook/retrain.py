@@ -1,69 +1,66 @@
-"""The smoke benchmark in a process of its own: its progress, its end, and a way to stop it.
+"""A benchmark run in a process of its own, with its progress, its end, and a way to stop it.
 
-A process, so that neither the notebook's random numbers nor its threads are touched, and stopping
-is safe: what was finished is kept, and the same run goes on from there.
+A process leaves the notebook's random numbers and threads alone. Stopping it is safe: finished
+tasks are kept, and the same run goes on from there.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.results.result import Result, ResultError
 
-SETTINGS = ("--preset", "smoke")
-# A line of tqdm: what: 12%|bar| done/total [time so far<time left, ...
-_PROGRESS = re.compile(
-    r"(?P<what>.*?): +\d+%\|.*\| (?P<done>\d+)/(?P<total>\d+) \[.*?<(?P<left>.*?),"
+_RUN = (
+    "import json, sys; from bitstack_nb import Protocol, run; "
+    "run(Protocol.from_dict(json.loads(sys.argv[1])), output=sys.argv[2], progress=True)"
 )
 _running: Retraining | None = None
 
 
 class Retraining:
-    """A run of BitStack that has just been started; one at a time, the former is stopped.
+    """A run that has just been started; one at a time, the former is stopped.
 
     The process does not outlive this one: it writes its progress into a pipe, and ends when nobody
     is left to read it.
 
     Args:
-        sparsity, budget: of the run.
+        protocol: the run.
         output: folder for its result, and its state until then.
-        on_progress: called with batches done, batches in all and what is being done, in words.
-        on_end: called once, with the result, or None and why there is none.
+        on_progress: called with batches done and batches in all.
+        on_end: called once, with the result, or None and the reason why there is none.
 
     Both are called from a thread that reads the pipe.
     """
 
     def __init__(
         self,
-        sparsity: float,
-        budget: str,
+        protocol: Protocol,
         *,
         output: str | os.PathLike[str],
-        on_progress: Callable[[int, int, str], None],
+        on_progress: Callable[[int, int], None],
         on_end: Callable[[Result | None, str], None],
     ) -> None:
         global _running
         stop_running()
+        self._file = Path(output) / f"{protocol.name}.json"
         self._on_progress, self._on_end = on_progress, on_end
         self._stopped = False
-        command = [sys.executable, "-m", "bitstack_nb", "run", *SETTINGS, "--strategy", "bitstack"]
-        command += ["--sparsity", f"{sparsity:g}", "--budget", budget, "--output", str(output)]
         # A clone that was not installed is found by its path.
         places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
-        self._process = subprocess.Popen(
-            command,
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _RUN, json.dumps(protocol.to_dict()), str(output)],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            encoding="utf-8",
             errors="replace",
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
         )
@@ -73,10 +70,10 @@ class Retraining:
 
     def stop(self) -> None:
         """End the process if it still runs, and wait until it has ended."""
-        if self._process.poll() is None:
+        if self.process.poll() is None:
             self._stopped = True
-            self._process.terminate()
-        self._process.wait()
+            self.process.terminate()
+        self.process.wait()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until ``on_end`` has returned, at most ``timeout`` seconds; whether it has."""
@@ -84,27 +81,21 @@ class Retraining:
         return not self._reader.is_alive()
 
     def _follow(self) -> None:
-        last = deque(maxlen=5)
-        # tqdm ends its lines with a carriage return, which reads as an end of line.
-        for line in self._process.stderr:
-            if found := _PROGRESS.match(line):
-                what = f"{found['what']}, {found['left']} left"
-                self._on_progress(int(found["done"]), int(found["total"]), what)
-            elif line.strip():
-                last.append(line.strip())
-        shown = self._process.stdout.read()
-        self._process.wait()
-        self._on_end(*self._outcome(shown.strip().splitlines(), list(last)))
+        last = ""
+        for line in self.process.stderr:  # a carriage return of tqdm ends a line too
+            if found := re.search(r" (\d+)/(\d+) \[", line):
+                self._on_progress(*map(int, found.groups()))
+            last = line.strip() or last
+        self.process.wait()
+        self._on_end(*self._outcome(last))
 
-    def _outcome(self, shown: list[str], errors: list[str]) -> tuple[Result | None, str]:
-        if self._process.returncode != 0:
-            if self._stopped or self._process.returncode == 130:
-                return None, "stopped; the same settings go on behind the last finished task"
-            reason = errors[-1] if errors else f"exit status {self._process.returncode}"
-            return None, f"the run failed: {reason.removeprefix('error: ')}"
+    def _outcome(self, last: str) -> tuple[Result | None, str]:
+        if self._stopped:
+            return None, "stopped; the same settings go on behind the last finished task"
+        if self.process.returncode:
+            return None, f"the run failed: {last}"
         try:
-            # The command line ends with the path of each result.
-            return Result.load(shown[-1].strip()), ""
+            return Result.load(self._file), ""
         except ResultError as error:
             return None, str(error)
 

@@ -123,7 +123,7 @@ def _figures(options: argparse.Namespace) -> None:
 
 
 def _draw(results: Sequence[Path], output: Path) -> None:
-    from bitstack_nb.figures.figures import write_figures
+    from bitstack_nb.figures import write_figures
     from bitstack_nb.results.result import load_results
 
     files, left_out = write_figures(load_results(*results), output)
@@ -150,9 +150,10 @@ def _cost(options: argparse.Namespace) -> None:
 
 
 def _report(done: list[Result], output: Path) -> None:
-    from bitstack_nb.results.tables import format_table, table
+    from bitstack_nb.figures import summary
+    from bitstack_nb.results.tables import format_table
 
-    print(f"\n{format_table(table(done))}\n")
+    print(f"\n{format_table(summary(done))}\n")
     if any(result.protocol["data"] == "embedded" for result in done):
         print(SYNTHETIC)
     print(f"Each run is a JSON file in {output}:")

@@ -256,17 +256,16 @@ def shares(table: pd.DataFrame, what: str) -> pd.DataFrame:
     NaN where a layer has no such module.
     """
     inside, outside = table[table["layer"].notna()], table[table["layer"].isna()]
-    layers = [*sorted(inside["layer"].unique()), *([OUTSIDE] if len(outside) else [])]
+    layers = [*map(_layer_name, sorted(inside["layer"].unique())), OUTSIDE]
     modules = list(dict.fromkeys([*inside["module"], *outside["module"]]))
     percent = 100 * table[what] / table["eligible"]
-    places = [table["layer"].map(_layer_name), table["module"]]
-    frame = percent.groupby(places).sum().unstack()
-    frame = frame.reindex(index=[_layer_name(layer) for layer in layers], columns=modules)
+    frame = percent.groupby([table["layer"].map(_layer_name), table["module"]]).sum().unstack()
+    frame = frame.reindex(index=layers if len(outside) else layers[:-1], columns=modules)
     return frame.rename(columns=short_names(modules))
 
 
-def _layer_name(layer: int | str | None) -> str:
-    return OUTSIDE if layer == OUTSIDE or pd.isna(layer) else str(int(layer))
+def _layer_name(layer: int | None) -> str:
+    return OUTSIDE if pd.isna(layer) else str(int(layer))
 
 
 def short_names(modules: Sequence[str]) -> dict[str, str]:
@@ -387,11 +386,10 @@ def task_overlap(result: Result, sparsities: Sequence[float] = (0.05, 0.12, 0.40
         )
     curves = LockCurves.from_record(result.importance)
     tasks = task_names(result)
-    figure, axes = panels(len(sparsities), 3, above=0.4, each=3.2)
+    figure, axes = panels(len(sparsities), 3, above=0.8, each=2.9)
     for at, (ax, sparsity) in enumerate(zip(axes, sparsities, strict=True)):
         percent = pd.DataFrame(100 * curves.overlap(sparsity), index=tasks, columns=tasks)
         heatmap(ax, percent, rows=at % 3 == 0)
-        ax.set_aspect("equal")
         chance = sparsity / (2 - sparsity)
         ax.set_title(f"sparsity {100 * sparsity:g} %\n(two random choices: {100 * chance:.0f} %)")
     colour_bar(figure, axes, "shared of united weights (%)", shrink=0.8, aspect=20)

@@ -10,11 +10,11 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.results.result import Result
 from bitstack_nb.results.tables import configurations
 
 MARKERS = "osv^"  # a marker per budget and importance of a method
-UNKNOWN = "0.35"  # the colour of a strategy that the benchmark does not have
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 _FIRST = ("sparsity", "budget", "importance", "data")  # other settings only where these are equal
 
@@ -27,25 +27,12 @@ class Method(NamedTuple):
     order: float
 
 
-_METHODS = {
-    "frozen": Method("frozen backbone", "#949494", 1),
-    "finetune": Method("fine-tuning", "#d55e00", 2),
-    "ewc": Method("EWC", "#029e73", 3),
-    "replay": Method("replay", "#ca9161", 4),
-    "random-mask": Method("random mask", "#fbafe4", 5),
-    "magnitude-mask": Method("magnitude mask", "#cc78bc", 6),
-    "bitstack": Method("BitStack", "#0173b2", 7),
-    "bitstack-strict": Method("BitStack (strict)", "#56b4e9", 8),
-    "lora": Method("LoRA", "#8c613c", 9),
-    "recall": Method("exact recall", "#de8f05", 10),
-    "single": Method("separate models", "#333333", 11),
-    "joint": Method("joint training", "#797979", 12),
-}
-
-
 def method(strategy: str) -> Method:
     """The method of a strategy; one that the benchmark does not have keeps its own name."""
-    return _METHODS.get(strategy, Method(strategy, UNKNOWN, float("inf")))
+    known = all_strategies().get(strategy)
+    if known is None:
+        return Method(strategy, "0.35", float("inf"))
+    return Method(known.label, known.colour, known.order)
 
 
 class Group(NamedTuple):

@@ -119,21 +119,17 @@ def heatmap(
         top: the end of the colour scale, which begins at 0.
         rows, columns: whether the labels are shown.
     """
-    sns.heatmap(
-        percent.astype(float),
-        ax=ax,
-        vmin=0,
-        vmax=top,
-        cmap=SHARES,
-        linewidths=1,
-        cbar=False,
-        xticklabels=columns,
-        yticklabels=rows,
-    )
-    ax.set(xlabel="", ylabel="")
-    ax.grid(visible=False)
+    # Not seaborn's heatmap, which draws the whole figure once per panel to look for overlaps.
+    ax.pcolormesh(np.zeros(percent.shape), vmin=0, vmax=top, cmap=SHARES, ec="white", lw=1)
+    ax.set(xlim=(0, percent.shape[1]), ylim=(percent.shape[0], 0))
+    for axis, labels, shown in (
+        (ax.xaxis, percent.columns, columns),
+        (ax.yaxis, percent.index, rows),
+    ):
+        axis.set_ticks(np.arange(len(labels)) + 0.5, labels if shown else [""] * len(labels))
     ax.tick_params("x", rotation=90)
-    ax.tick_params("y", rotation=0)
+    ax.grid(visible=False)
+    sns.despine(ax=ax, left=True, bottom=True)
     if percent.shape[1] <= 12:
         for row, column in np.argwhere(percent.notna().to_numpy()):
             at = {"ha": "center", "va": "center", "size": 9, "in_layout": False}

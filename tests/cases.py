@@ -81,6 +81,34 @@ def backbone(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: v for n, v in tiny.snapshot(model).items() if not n.startswith(heads)}
 
 
+def trainer_of(model, folder, callbacks, *, seed=1, count=24, optimizers=(None, None), **arguments):
+    """A transformers Trainer of a model on random rows, four a step, for one epoch on the CPU."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    (batch,) = tiny.batches(1, seed=seed, size=count)
+    settings = {
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **settings | arguments),
+        train_dataset=[{key: value[i] for key, value in batch.items()} for i in range(count)],
+        callbacks=callbacks,
+        optimizers=optimizers,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 class FileCase(unittest.TestCase):
     def setUp(self):
         self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))

@@ -1,4 +1,4 @@
-"""The Trainer callback: locked entries are exact after training by the transformers Trainer."""
+"""The Trainer callback: locked weights are exact after training by the transformers Trainer."""
 
 import copy
 import gc
@@ -7,7 +7,6 @@ import os
 import tempfile
 import unittest
 import weakref
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -15,98 +14,45 @@ import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from transformers import (
-    BatchEncoding,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from cases import ADAMW, LockedCase, trainer_of
+from transformers import BatchEncoding, TrainerCallback
 
 from bitstack_nb import BitStack, ExactRecall
 from bitstack_nb.guard import LockedWeightsMoved
 
 
-def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Single examples, as a Trainer's data set holds them."""
-    (batch,) = tiny.batches(1, seed=seed, size=count)
-    return [{key: value[i] for key, value in batch.items()} for i in range(count)]
-
-
 class Watch(TrainerCallback):
-    """Verifies after every optimizer step, and records what the gradients were before it."""
+    """Verifies after every optimizer step, and records what locked gradients were before it."""
 
     def __init__(self, stack: BitStack) -> None:
         self.stack, self.steps, self.locked_gradient = stack, 0, 0.0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        for name, mask in self.stack.masks.items():
-            gradient = model.get_parameter(name).grad
-            self.locked_gradient += float(gradient[mask].abs().sum())
+        if isinstance(self.stack, BitStack):
+            for name, mask in self.stack.masks.items():
+                self.locked_gradient += float(model.get_parameter(name).grad[mask].abs().sum())
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps += 1
         self.stack.verify()
 
 
-class Verifying(TrainerCallback):
-    """Verifies after every optimizer step."""
-
-    def __init__(self, stack: BitStack) -> None:
-        self.stack, self.steps = stack, 0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps += 1
-        self.stack.verify()
-
-
-class WithTrainer(unittest.TestCase):
+class WithTrainer(LockedCase):
     def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
         logger = logging.getLogger("transformers")
         self.addCleanup(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)
 
-    def trainer(
-        self, model, callbacks, *, count=24, seed=1, optimizers=(None, None), **arguments
-    ) -> Trainer:
-        settings = {
-            "learning_rate": 1e-2,
-            "weight_decay": 0.1,
-            "per_device_train_batch_size": 4,
-            "num_train_epochs": 1,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-            **arguments,
-        }
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(output_dir=str(self.folder), **settings),
-            train_dataset=rows(count, seed),
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+    def trainer(self, model, callbacks, **arguments):
+        return trainer_of(model, self.folder, callbacks, **arguments)
 
     def locked(self, model, sparsity=0.3) -> BitStack:
         stack = BitStack(model, sparsity)
         stack.update(tiny.batches(2, seed=0))
         return stack
 
-    def assert_held(self, stack, model, before):
-        changed = tiny.changed(model, before)
-        for name, mask in stack.masks.items():
-            self.assertFalse(changed[name][mask].any(), name)
-        free = sum(int((~mask).sum()) for mask in stack.masks.values())
-        self.assertGreater(sum(int(changed[n].sum()) for n in stack.masks), 0.5 * free)
-        self.assertEqual(stack.verify(), 0)
-
-    def test_locked_entries_are_exact(self):
+    def test_locked_weights_are_exact(self):
         for name, (build, arguments, steps) in {
             "plain": (tiny.gpt2, {}, 6),
             "accumulation": (tiny.bert, {"gradient_accumulation_steps": 3}, 2),
@@ -118,20 +64,13 @@ class WithTrainer(unittest.TestCase):
             with self.subTest(name):
                 model = build()
                 stack = self.locked(model)
-                watch = Watch(stack)
-                before, calls = tiny.snapshot(model), dict(stack.hook_calls)
+                watch, before = Watch(stack), tiny.snapshot(model)
+                calls = dict(stack.hook_calls)
                 self.trainer(model, [stack.callback(), watch], **arguments).train()
                 self.assertEqual((watch.steps, watch.locked_gradient), (steps, 0.0))
                 self.assert_held(stack, model, before)
                 for masked in stack.handles:
                     self.assertEqual(stack.hook_calls[masked] - calls.get(masked, 0), 6)
-
-    def test_without_the_callback_they_move(self):
-        model = tiny.gpt2()
-        stack = self.locked(model)
-        self.trainer(model, None).train()
-        with self.assertRaises(LockedWeightsMoved):
-            stack.verify()
 
     def test_tasks_in_sequence_with_one_trainer_each(self):
         model = tiny.gpt2()
@@ -144,66 +83,51 @@ class WithTrainer(unittest.TestCase):
             stack.update(tiny.batches(2, seed=task))
         self.assertGreater(stack.stats()["frozen_pct"], 40)
 
-    def test_one_callback_through_two_trainings(self):
+    def test_two_callbacks_through_two_trainings(self):
         model = tiny.gpt2()
         stack = self.locked(model)
-        trainer = self.trainer(model, [stack.callback()])
+        trainer = self.trainer(model, [stack.callback(), stack.callback()])
         for _ in range(2):
-            before = tiny.snapshot(model)
+            before, calls = tiny.snapshot(model), dict(stack.hook_calls)
             trainer.train()
             self.assert_held(stack, model, before)
-        masked = set(stack.handles)
-        self.assertEqual(masked, {name for name, mask in stack.masks.items() if mask.any()})
+            for name in stack.handles:  # still one gradient hook per parameter
+                self.assertEqual(stack.hook_calls[name] - calls.get(name, 0), 6)
+            self.assertEqual(len(trainer.optimizer.optimizer._optimizer_step_post_hooks), 1)
 
-    def test_two_callbacks_in_one_trainer(self):
+    def test_an_optimizer_attached_by_hand_stays_and_the_trainers_may_go(self):
         model = tiny.gpt2()
-        stack = self.locked(model)
-        before, calls = tiny.snapshot(model), dict(stack.hook_calls)
-        trainer = self.trainer(model, [stack.callback(), stack.callback()])
-        trainer.train()
-        self.assert_held(stack, model, before)
-        for name in stack.handles:  # still one gradient hook per parameter
-            self.assertEqual(stack.hook_calls[name] - calls.get(name, 0), 6)
-        self.assertEqual(len(trainer.optimizer.optimizer._optimizer_step_post_hooks), 1)
-
-    def test_the_stack_does_not_keep_an_optimizer_alive(self):
-        model = tiny.gpt2()
-        stack = self.locked(model)
-        mine = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+        stack, mine = self.locked(model), ADAMW(model.parameters())
         stack.attach(mine)
+        self.trainer(model, [stack.callback()], optimizers=(mine, None)).train()
         trainer = self.trainer(model, [stack.callback()])
         trainer.train()
         optimizer = weakref.ref(trainer.optimizer.optimizer)
         del trainer
         gc.collect()
         self.assertIsNone(optimizer())
-        before = tiny.snapshot(model)  # one attached by hand stays attached
-        tiny.train(model, mine, tiny.batches(2, seed=3))
-        self.assert_held(stack, model, before)
-
-    def test_an_optimizer_attached_by_hand_stays_attached(self):
-        model = tiny.gpt2()
-        stack = self.locked(model)
-        mine = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-        stack.attach(mine)
-        self.trainer(model, [stack.callback()], optimizers=(mine, None)).train()
         for group in mine.param_groups:
             group["lr"] = 1e-2  # the Trainer's schedule ended at zero
         before = tiny.snapshot(model)
         tiny.train(model, mine, tiny.batches(2, seed=3))
         self.assert_held(stack, model, before)
 
-    def test_the_end_of_training_tells_of_a_change_past_the_optimizer(self):
-        model = tiny.gpt2()
-        stack = self.locked(model)
-
+    def test_the_end_of_training_tells_what_moved(self):
         class Meddle(TrainerCallback):
             def on_step_end(self, args, state, control, model=None, **kwargs):
                 with torch.no_grad():
                     model.transformer.h[0].attn.c_attn.weight.add_(1e-3)
 
+        model = tiny.gpt2()
+        stack = self.locked(model)
         with self.assertRaisesRegex(LockedWeightsMoved, r"h\.0\.attn\.c_attn\.weight"):
             self.trainer(model, [stack.callback(), Meddle()]).train()
+        stack.restore()
+        self.trainer(model, None).train()  # the control: without the callback
+        with self.assertRaises(LockedWeightsMoved):
+            stack.verify()
+        with self.assertRaises(ValueError):
+            self.trainer(tiny.gpt2(), [stack.callback()]).train()
 
     def test_recall_with_one_trainer_a_task(self):
         """In bfloat16 too, with clipping, warm-up and accumulation; the export runs by itself."""
@@ -217,7 +141,7 @@ class WithTrainer(unittest.TestCase):
                 stack = ExactRecall(model, 0.2, importance="gradient")
                 for task in range(3):
                     stack.begin(str(task), loader=tiny.batches(2, seed=task))
-                    watch = Verifying(stack)
+                    watch = Watch(stack)
                     self.trainer(model, [stack.callback(), watch], seed=task, **arguments).train()
                     self.assertGreater(watch.steps, 2)
                     stack.close()
@@ -240,37 +164,28 @@ class WithTrainer(unittest.TestCase):
                         self.assertTrue(torch.equal(logits, fresh(**batch).logits))
                     stack.restore()
 
-    def test_a_trainer_of_another_model(self):
-        stack = self.locked(tiny.gpt2())
-        with self.assertRaises(ValueError):
-            self.trainer(tiny.gpt2(), [stack.callback()]).train()
-
     def test_update_after_training_measures_as_before_it(self):
         """Half-precision training leaves a wrapped forward behind; importance stays float32."""
-        model = tiny.gpt2()
+        model, fresh = tiny.gpt2(), tiny.gpt2()
         self.trainer(model, None, bf16=True).train()
-        fresh = tiny.gpt2()
         fresh.load_state_dict(model.state_dict())
         masks = [dict(self.locked(each, 0.1).masks) for each in (model, fresh)]
         for name, mask in masks[0].items():
             self.assertTrue(torch.equal(mask, masks[1][name]), name)
 
 
-class WithoutTrainer(unittest.TestCase):
+class WithoutTrainer(LockedCase):
     def test_the_optimizer_that_accelerate_wraps(self):
         self.addCleanup(AcceleratorState._reset_state)
         self.addCleanup(PartialState._reset_state)
-        accelerator = Accelerator(cpu=True)
         model = tiny.gpt2()
-        stack = BitStack(model, 0.3)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-        prepared, wrapped = accelerator.prepare(model, optimizer)
+        stack, optimizer = BitStack(model, 0.3), ADAMW(model.parameters())
+        prepared, wrapped = Accelerator(cpu=True).prepare(model, optimizer)
         stack.attach(wrapped)
         stack.update(tiny.batches(2, seed=0))
         before = tiny.snapshot(model)
         tiny.train(prepared, wrapped, tiny.batches(3, seed=1))
-        self.assertEqual(stack.verify(), 0)
-        self.assertTrue(any(c.any() for c in tiny.changed(model, before).values()))
+        self.assert_held(stack, model, before)
 
     def test_batches_as_a_tokenizer_makes_them(self):
         plain, encoded = (BitStack(tiny.bert(), 0.2) for _ in range(2))

@@ -5,7 +5,6 @@ The guarantee holds through it, or an error says why not.
 
 import copy
 import gc
-import logging
 import sys
 import tempfile
 import unittest
@@ -13,8 +12,8 @@ from contextlib import contextmanager
 
 import tiny
 import torch
-from cases import ADAMW, FileCase, LockedCase, RecallCase, backbone
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from cases import ADAMW, LockedCase, RecallCase, backbone, trainer_of
+from transformers import TrainerCallback
 
 from bitstack_nb import BitStack, ExactRecall
 from bitstack_nb.guard import LockedWeightsMoved
@@ -102,27 +101,12 @@ class Interrupted(LockedCase):
                 if state.global_step == 2:
                     raise KeyboardInterrupt
 
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-        model = tiny.gpt2()
+        model, stop = tiny.gpt2(), Stop()
         stack = BitStack(model, 0.3)
         stack.update(tiny.batches(2, seed=0))
         before = tiny.snapshot(model)
-        (batch,) = tiny.batches(1, seed=1, size=16)
-        rows = [{key: value[i] for key, value in batch.items()} for i in range(16)]
         with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                output_dir=folder,
-                per_device_train_batch_size=4,
-                num_train_epochs=1,
-                learning_rate=1e-2,
-                weight_decay=0.1,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                use_cpu=True,
-            )
-            trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[stack.callback()])
-            trainer.add_callback(stop := Stop())
+            trainer = trainer_of(model, folder, [stack.callback(), stop])
             with self.assertRaises(KeyboardInterrupt):
                 trainer.train()
             self.assertEqual(stack.verify(), 0)
@@ -224,7 +208,7 @@ class InterruptedRecall(RecallCase):
         self.close()
 
 
-class Reruns(LockedCase, FileCase):
+class Reruns(LockedCase):
     """Cells run twice or out of order, and what they leave behind."""
 
     def test_update_twice(self):
@@ -262,16 +246,6 @@ class Reruns(LockedCase, FileCase):
         tiny.train(model, optimizer, tiny.batches(3, seed=2))
         for stack in (first, second):
             self.assert_held(stack, model, before, moving=0.3)
-
-    def test_a_file_loaded_twice(self):
-        model, optimizer, stack = self.locked_model()
-        stack.save(self.path)
-        before = tiny.snapshot(model)
-        for _ in range(2):
-            stack = BitStack.load(self.path, model)
-            stack.attach(optimizer)
-        tiny.train(model, optimizer, tiny.batches(2, seed=1))
-        self.assert_held(stack, model, before)
 
     def test_exact_recall_is_alone_on_its_model(self):
         """Beside another its base would be some task's, and its tasks would not train."""

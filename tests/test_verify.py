@@ -14,41 +14,25 @@ from bitstack_nb.guard import LockedWeightsMoved
 
 
 class Verify(LockedCase):
-    def nudge(self, model, stack, name, toward=float("inf")):
-        parameter = model.get_parameter(name)
-        index = tuple(stack.masks[name].nonzero()[-1])
-        with torch.no_grad():
-            parameter[index] = torch.nextafter(parameter[index], torch.tensor(toward))
-
     def test_one_unit_in_the_last_place(self):
-        model, _, stack = self.locked_model()
-        self.assertEqual(stack.verify(), 0)
-        for name in ("blocks.0.mix", "blocks.1.down.weight"):
-            for toward in (float("inf"), -float("inf")):
-                with self.subTest(name=name, toward=toward):
-                    self.nudge(model, stack, name, toward)
-                    moved = tiny.snapshot(model)
-                    with self.assertRaisesRegex(
-                        LockedWeightsMoved, name.replace(".", r"\.")
-                    ) as raised:
-                        stack.verify()
-                    self.assertRegex(str(raised.exception), r"\b1\b")
-                    self.assertFalse(any(c.any() for c in tiny.changed(model, moved).values()))
-                    stack.restore()
-                    self.assertEqual(stack.verify(), 0)
-
-    def test_names_every_parameter_that_moved(self):
+        """verify names the parameter and counts; it changes nothing, and restore puts back."""
         model, _, stack = self.locked_model()
         before = tiny.snapshot(model)
-        for name in ("blocks.0.up.weight", "blocks.1.mix"):
-            self.nudge(model, stack, name)
-        with self.assertRaises(LockedWeightsMoved) as raised:
-            stack.verify()
-        for part in (r"\b2\b", r"blocks\.0\.up\.weight", r"blocks\.1\.mix"):
-            self.assertRegex(str(raised.exception), part)
-        self.assertIsInstance(raised.exception, RuntimeError)
-        stack.restore()
-        self.assertFalse(any(c.any() for c in tiny.changed(model, before).values()))
+        for name in ("blocks.0.mix", "blocks.1.down.weight"):
+            for toward in (float("inf"), -float("inf")):
+                with self.subTest(name=name, toward=toward), torch.no_grad():
+                    parameter = model.get_parameter(name)
+                    index = tuple(stack.masks[name].nonzero()[-1])
+                    parameter[index] = torch.nextafter(parameter[index], torch.tensor(toward))
+                    moved, name_and_count = (
+                        tiny.snapshot(model),
+                        name.replace(".", r"\.") + r" \(1\)",
+                    )
+                    with self.assertRaisesRegex(LockedWeightsMoved, f"^1 .*{name_and_count}"):
+                        stack.verify()
+                    self.assertFalse(any(c.any() for c in tiny.changed(model, moved).values()))
+                    stack.restore()
+                    self.assertFalse(any(c.any() for c in tiny.changed(model, before).values()))
 
     def test_sign_of_zero_and_nan(self):
         model = tiny.plain()
@@ -57,19 +41,17 @@ class Verify(LockedCase):
             weight[0] = 0.0
         stack = BitStack(model, 1.0)
         stack.update(tiny.batches(2, seed=0))
-        self.assertTrue(stack.masks["blocks.0.up.weight"][0].any())
+        locked = stack.masks["blocks.0.up.weight"][0]
+        self.assertTrue(locked.any())
         for value in (-0.0, float("nan")):
-            with self.subTest(value):
-                with torch.no_grad():
-                    weight[0] = value
-                with self.assertRaises(LockedWeightsMoved):
-                    stack.verify()
-                stack.restore()
-                self.assertFalse(
-                    tiny.as_bits(weight[0])[stack.masks["blocks.0.up.weight"][0]].any()
-                )
+            with torch.no_grad():
+                weight[0] = value
+            with self.assertRaises(LockedWeightsMoved):
+                stack.verify()
+            stack.restore()
+            self.assertFalse(tiny.as_bits(weight[0])[locked].any())
 
-    def test_free_entries_may_move_and_restore_leaves_them(self):
+    def test_free_weights_may_move_and_restore_leaves_them(self):
         model, _, stack = self.locked_model()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -78,10 +60,9 @@ class Verify(LockedCase):
         stack.restore()
         self.assertEqual(stack.verify(), 0)
         for name, back in tiny.changed(model, after).items():
-            expected = stack.masks.get(name, torch.zeros_like(back))
-            self.assertTrue(torch.equal(back, expected), name)
+            self.assertTrue(torch.equal(back, stack.masks.get(name, torch.zeros_like(back))), name)
 
-    def test_an_update_does_not_accept_entries_that_moved(self):
+    def test_an_update_does_not_accept_weights_that_moved(self):
         """They keep the value they were first locked with, though the update saw another one."""
         model, _, stack = self.locked_model()
         before, masks = tiny.snapshot(model), dict(stack.masks)
@@ -96,9 +77,8 @@ class Verify(LockedCase):
 
     def test_a_replaced_parameter_is_not_guarded_in_silence(self):
         def assign(model):
-            model.load_state_dict(
-                {k: v.clone() for k, v in model.state_dict().items()}, assign=True
-            )
+            state = {name: value.clone() for name, value in model.state_dict().items()}
+            model.load_state_dict(state, assign=True)
 
         def replace(model):
             model.blocks[0].up = nn.Linear(*reversed(model.blocks[0].up.weight.shape))
@@ -116,21 +96,18 @@ class Verify(LockedCase):
                     with self.assertRaisesRegex(RuntimeError, r"blocks\.0.*load it"):
                         call()
 
-    def test_a_cast_before_the_first_lock(self):
+    def test_before_any_update(self):
+        """There is nothing to restore, and a cast loses nothing yet."""
         model = tiny.plain()
         stack = BitStack(model, 0.3)
-        model.to(torch.bfloat16)
-        stack.update(tiny.batches(2, seed=0))
-        self.assertEqual(stack.verify(), 0)
-        self.assertGreater(stack.stats()["locked"], 0)
-        model.to(torch.float32)  # afterwards the exact values are gone
-        with self.assertRaisesRegex(RuntimeError, "float32.*bfloat16"):
-            stack.verify()
-
-    def test_before_any_update(self):
-        stack = BitStack(tiny.plain())
         self.assertEqual(stack.verify(), 0)
         stack.restore()
+        model.to(torch.bfloat16)
+        self.assertGreater(stack.update(tiny.batches(2, seed=0))["locked"], 0)
+        self.assertEqual(stack.verify(), 0)
+        model.to(torch.float32)
+        with self.assertRaisesRegex(RuntimeError, "float32.*bfloat16"):
+            stack.verify()
 
 
 class Attaching(LockedCase):
@@ -148,51 +125,38 @@ class Attaching(LockedCase):
         other = SGD(model.parameters(), lr=0.1)
         stack.attach(other)
         masks = dict(stack.masks)
-        stack.detach()
-        self.assertEqual(len(stack.handles), 0)
-        for name, parameter in model.named_parameters():
-            self.assertFalse(parameter._backward_hooks, name)
-        for each in (optimizer, other):
-            self.assertFalse(each._optimizer_step_post_hooks)
-            self.assertFalse(each._optimizer_step_pre_hooks)
-        for name, mask in stack.masks.items():
-            self.assertTrue(torch.equal(mask, masks[name]))
+        for _ in range(2):  # the second time it is harmless
+            stack.detach()
+            self.assertEqual(len(stack.handles), 0)
+            self.assertFalse(any(p._backward_hooks for p in model.parameters()))
+            for each in (optimizer, other):
+                self.assertFalse(each._optimizer_step_post_hooks or each._optimizer_step_pre_hooks)
+        self.assertTrue(all(torch.equal(m, masks[name]) for name, m in stack.masks.items()))
         self.assertTrue(self.moves(model, optimizer, stack))
-        stack.detach()  # again, harmless
         stack.attach(optimizer)
         self.assertEqual(set(stack.handles), {n for n, m in masks.items() if m.any()})
         before = tiny.snapshot(model)
         tiny.train(model, optimizer, tiny.batches(2, seed=8))
         self.assert_held(stack, model, before)
 
-    def test_the_handle_removes(self):
-        model, optimizer, stack = self.locked_model(partial(SGD, lr=0.1, weight_decay=0.1))
-        handle = stack.attach(optimizer)
-        self.assertFalse(self.moves(model, optimizer, stack))
-        handle.remove()
-        self.assertTrue(self.moves(model, optimizer, stack))
-
     def test_attaching_twice_is_attaching_once(self):
-        model, optimizer, stack = self.locked_model()
-        stack.attach(optimizer)
+        model, optimizer, stack = self.locked_model(partial(SGD, lr=0.1, weight_decay=0.1))
+        handle, calls = stack.attach(optimizer), dict(stack.hook_calls)
         self.assertEqual(len(optimizer._optimizer_step_post_hooks), 1)
-        calls = dict(stack.hook_calls)
-        tiny.train(model, optimizer, tiny.batches(1, seed=1))
+        self.assertFalse(self.moves(model, optimizer, stack))
         for name in stack.handles:
-            self.assertEqual(stack.hook_calls[name] - calls.get(name, 0), 1)
-        stack.attach(optimizer).remove()
+            self.assertEqual(stack.hook_calls[name] - calls.get(name, 0), 2)
+        handle.remove()
         self.assertFalse(optimizer._optimizer_step_post_hooks)
+        self.assertTrue(self.moves(model, optimizer, stack))
 
     def test_an_optimizer_of_something_else(self):
         model, _, stack = self.locked_model()
-        for name, parameters in {
-            "another model": tiny.plain().parameters(),
-            "only the head": model.classifier.parameters(),
-        }.items():
-            with self.subTest(name), self.assertRaises(ValueError):
+        for parameters in (tiny.plain().parameters(), model.classifier.parameters()):
+            with self.assertRaises(ValueError):
                 stack.attach(SGD(parameters, lr=0.1))
         for wrong in (None, model, "adamw"):
-            with self.subTest(type(wrong)), self.assertRaises((TypeError, ValueError)):
+            with self.assertRaises(TypeError):
                 stack.attach(wrong)
 
     def test_part_of_the_model_in_the_optimizer(self):

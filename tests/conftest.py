@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoints import write_checkpoints
+from tiny_backbones import write_backbones
 
 
 def pytest_configure() -> None:
@@ -16,5 +16,5 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny checkpoints by architecture."""
-    return write_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+    """Folders of tiny backbones by architecture."""
+    return write_backbones(tmp_path_factory.mktemp("backbones"))

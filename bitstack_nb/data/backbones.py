@@ -7,7 +7,7 @@ token columns to padded batches. The heads of the tasks are in ``benchmark/heads
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,6 @@ from bitstack_nb.data.errors import BackboneError
 from bitstack_nb.data.pretrained import load_pretrained
 
 TINY = "tiny-gpt2"
-_TINY_POSITIONS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +100,17 @@ def encode(data: datasets.Dataset, backbone: Backbone) -> datasets.Dataset:
             f"expected rows with the columns text and label, got {len(data)} rows with"
             f" {', '.join(data.column_names) or 'no columns'}"
         )
-    columns = _tokenize(data[:], tokenizer=backbone.tokenizer, max_length=backbone.max_length)
-    return datasets.Dataset.from_dict(columns)
+    texts = [text or "" for text in data["text"]]
+    cut = {"truncation": True, "max_length": backbone.max_length}
+    columns = dict(backbone.tokenizer(texts, **cut))
+    full_stop = backbone.tokenizer(".", **cut)
+    for row, tokens in enumerate(columns["input_ids"]):
+        # A decoder gives NaN for a row of padding only: an empty text is read as a full stop.
+        if set(tokens) <= {backbone.tokenizer.pad_token_id}:
+            for name, column in columns.items():
+                column[row] = full_stop[name]
+    lengths = [len(tokens) for tokens in columns["input_ids"]]
+    return datasets.Dataset.from_dict({**columns, "labels": data["label"][:], "length": lengths})
 
 
 def collate(backbone: Backbone) -> Callable[[list[Mapping[str, Any]]], dict[str, torch.Tensor]]:
@@ -112,31 +120,9 @@ def collate(backbone: Backbone) -> Callable[[list[Mapping[str, Any]]], dict[str,
     have one, ``task`` ``[rows]``. Decoders are padded on the left, and ``position_ids`` count from
     each row's first token, so that the logits do not depend on the amount of padding.
     """
+    positions = _is_decoder(backbone.model) and "position_ids" in _forward_names(backbone.model)
     # A partial of a module's function can be pickled for the workers of a data loader.
-    takes_positions = "position_ids" in _forward_parameters(backbone.model)
-    return partial(
-        _pad,
-        tokenizer=backbone.tokenizer,
-        positions=_is_decoder(backbone.model) and takes_positions,
-    )
-
-
-def _tokenize(
-    batch: Mapping[str, list[Any]],
-    *,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    max_length: int,
-) -> dict[str, list[Any]]:
-    texts = [text or "" for text in batch["text"]]
-    encoded = tokenizer(texts, truncation=True, max_length=max_length)
-    blank = tokenizer(".", truncation=True, max_length=max_length)
-    for row, tokens in enumerate(encoded["input_ids"]):
-        # A decoder gives NaN for a row of padding only: an empty text is read as a full stop.
-        if all(token == tokenizer.pad_token_id for token in tokens):
-            for column in encoded:
-                encoded[column][row] = blank[column]
-    lengths = [len(tokens) for tokens in encoded["input_ids"]]
-    return {**encoded, "labels": batch["label"], "length": lengths}
+    return partial(_pad, tokenizer=backbone.tokenizer, positions=positions)
 
 
 def _pad(
@@ -146,9 +132,8 @@ def _pad(
     positions: bool,
 ) -> dict[str, torch.Tensor]:
     inputs = [name for name in tokenizer.model_input_names if name in rows[0]]
-    batch = dict(
-        tokenizer.pad({name: [row[name] for row in rows] for name in inputs}, return_tensors="pt")
-    )
+    columns = {name: [row[name] for row in rows] for name in inputs}
+    batch = dict(tokenizer.pad(columns, return_tensors="pt"))
     if positions:
         batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     for name in ("labels", "task"):
@@ -162,7 +147,7 @@ def _is_decoder(model: nn.Module) -> bool:
     return hasattr(model, "score")
 
 
-def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+def _forward_names(model: nn.Module) -> Collection[str]:
     return inspect.signature(model.forward).parameters
 
 
@@ -184,8 +169,8 @@ def _prepare(
     """Set up padding, the tokenizer's columns and the loss for one integer label per text."""
     # A model saved for regression or several labels would use another loss.
     model.config.problem_type = "single_label_classification"
-    taken = _forward_parameters(model)
-    tokenizer.model_input_names = [key for key in tokenizer.model_input_names if key in taken]
+    taken = _forward_names(model)
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in taken]
     if not _is_decoder(model):
         return
     if tokenizer.pad_token is None:
@@ -213,21 +198,12 @@ def _build_tiny(
     vocabulary = {word: index for index, word in enumerate(words)}
     rules = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     rules.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inputs = ["input_ids", "attention_mask"]
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=rules,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        model_input_names=["input_ids", "attention_mask"],
+        tokenizer_object=rules, pad_token="<pad>", unk_token="<unk>", model_input_names=inputs
     )
-    config = transformers.GPT2Config(
-        vocab_size=len(words),
-        n_positions=_TINY_POSITIONS,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    sizes = {"n_positions": 256, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    config = transformers.GPT2Config(vocab_size=len(words), **sizes, **tokens)
     model = transformers.GPT2ForSequenceClassification(config).eval()
     return model, tokenizer, {"source": "built", "seed": seed, "vocabulary": EMBEDDED_VERSION}

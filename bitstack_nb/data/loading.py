@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 
 from bitstack_nb.data.errors import DataError
-from bitstack_nb.data.sampling import draw, draw_held_out
+from bitstack_nb.data.sampling import sample_held_out, sample_split
 from bitstack_nb.data.sources import open_source
 from bitstack_nb.data.tasks import EVALUATIONS, SAMPLINGS, Task, is_integer
 
@@ -71,11 +71,11 @@ def load_task(
     _check_request(train_size, test_size, seed, sampling, evaluate_on)
     source = open_source(data, task)
     how = {"seed": int(seed), "sampling": sampling}
-    train, rows = draw(task, source, split="train", size=train_size, **how)
+    train, rows = sample_split(task, source, split="train", size=train_size, **how)
     if evaluate_on == "heldout":
-        test = draw_held_out(task, source, taken=rows, size=test_size, **how)
+        test = sample_held_out(task, source, taken=rows, size=test_size, **how)
     else:
-        test, _ = draw(task, source, split="test", size=test_size, **how)
+        test, _ = sample_split(task, source, split="test", size=test_size, **how)
     samples = {"train": train, "test": test}
     provenance = {
         **source.provenance(),

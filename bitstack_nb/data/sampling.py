@@ -1,7 +1,7 @@
 """The choice of a task's samples: which rows of a split, as text and label.
 
 Scope: `take` chooses among rows in the order they are visited, so tables and streams share one
-code path. `draw` and `draw_held_out` read the rows of a source and check that they fit the task.
+code path. `sample_split` and `sample_held_out` read a source and check that its rows fit the task.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _STREAM_ROWS = 10_000
 _T = TypeVar("_T")
 
 
-def draw(
+def sample_split(
     task: Task, source: Source, *, split: str, size: int | float, seed: int, sampling: str
 ) -> tuple[datasets.Dataset, list[int]]:
     """A sample of one split (`text`, `label`) and its row numbers in that split.
@@ -40,16 +40,16 @@ def draw(
         table = source.table(split)
         order = _visiting_order(task, table, seed, sampling)
         rows = _take_rows(task, table, order, size=size, sampling=sampling, split=split)
-        return _sample(task, table.select(rows)), rows
+        return _texts_and_labels(task, table.select(rows)), rows
     visits = _visit_stream(task, stream)
     if sampling == "stratified":
         visits = _shuffle(visits, seed, _STREAM_ROWS)
-    drawn = take(visits, size, num_labels=task.num_labels, sampling=sampling)
-    _check_enough(task, size, len(drawn), split)
-    return _sample(task, [row for _, row in drawn]), [number for number, _ in drawn]
+    chosen = take(visits, size, num_labels=task.num_labels, sampling=sampling)
+    _check_enough(task, size, len(chosen), split)
+    return _texts_and_labels(task, [row for _, row in chosen]), [number for number, _ in chosen]
 
 
-def draw_held_out(
+def sample_held_out(
     task: Task, source: Source, *, taken: list[int], size: int | float, seed: int, sampling: str
 ) -> datasets.Dataset:
     """A sample of the training split without the row numbers in `taken`."""
@@ -66,7 +66,7 @@ def draw_held_out(
         # The training rows are the first of this order: from its end, their number is irrelevant.
         rest = rest[::-1]
     rows = _take_rows(task, table, rest, size=wanted, sampling=sampling, split="train")
-    return _sample(task, table.select(rows))
+    return _texts_and_labels(task, table.select(rows))
 
 
 def take(
@@ -176,7 +176,7 @@ def _shuffle(visits: Iterable[_T], seed: int, buffer_size: int) -> Iterator[_T]:
     yield from buffer
 
 
-def _sample(task: Task, rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
+def _texts_and_labels(task: Task, rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
     """Rows of the source as a dataset of `text` and `label`, in memory."""
     texts, labels = [], []
     for row in rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 from datasets.packaged_modules.cache.cache import Cache
@@ -24,17 +24,20 @@ from bitstack_nb.files import sha256
 logger = logging.getLogger(__name__)
 
 
-class Source(Protocol):
+class Source:
     """One dataset with the splits "train" and "test"."""
 
     def table(self, split: str) -> datasets.Dataset:
         """The whole split, with random access."""
+        raise NotImplementedError
 
     def stream(self, split: str) -> Iterator[dict[str, Any]] | None:
         """The rows of a split one by one; None if the table is as cheap."""
+        return None
 
     def provenance(self) -> dict[str, Any]:
         """JSON-able: the source, the dataset, and the version of the splits read so far."""
+        raise NotImplementedError
 
 
 def open_source(data: str, task: Task) -> Source:
@@ -54,7 +57,7 @@ def open_source(data: str, task: Task) -> Source:
     return _Folder(Path(data).expanduser(), task.dataset)
 
 
-class _Embedded:
+class _Embedded(Source):
     """The synthetic rows of one of the five datasets."""
 
     def __init__(self, dataset: str) -> None:
@@ -69,9 +72,6 @@ class _Embedded:
     def table(self, split: str) -> datasets.Dataset:
         return embedded_split(self._task, split)
 
-    def stream(self, split: str) -> None:
-        return None
-
     def provenance(self) -> dict[str, Any]:
         return {
             "source": "embedded",
@@ -81,7 +81,7 @@ class _Embedded:
         }
 
 
-class _Folder:
+class _Folder(Source):
     """FOLDER/<last part of the dataset's id>/**/train*.parquet and test*.parquet."""
 
     def __init__(self, root: Path, dataset: str) -> None:
@@ -115,14 +115,11 @@ class _Folder:
                 f"cannot read {files[0]} ({first_line(error)}): replace it by a whole Parquet file"
             ) from error
 
-    def stream(self, split: str) -> None:
-        return None
-
     def provenance(self) -> dict[str, Any]:
         return {"source": "folder", "dataset": self._dataset, "sha256": dict(self._sha256)}
 
 
-class _Hub:
+class _Hub(Source):
     """A dataset of the Hugging Face Hub, at the newest commit.
 
     Without a network it is the copy in the cache of `datasets`, if the whole split was loaded once.

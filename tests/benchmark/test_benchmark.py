@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 import transformers
-from tiny_checkpoints import CONFIGS
+from tiny_backbones import CONFIGS
 from toy_data import TASK, write_toy
 
 from bitstack_nb import Protocol, Result, Task, load_results, run, stack

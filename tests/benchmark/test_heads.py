@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tiny_checkpoints import DECODERS, HEAD
+from tiny_backbones import DECODERS, HEAD
 
 from bitstack_nb.benchmark.heads import Heads
 from bitstack_nb.data.backbones import Backbone, collate, encode, load_backbone

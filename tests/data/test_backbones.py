@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled
-from tiny_checkpoints import CONFIGS, DECODERS, POSITIONS, make_config, make_tokenizer
+from tiny_backbones import CONFIGS, DECODERS, POSITIONS, make_config, make_tokenizer
 from transformers.utils import logging as transformers_logging
 
 from bitstack_nb.data.backbones import Backbone, collate, encode, load_backbone

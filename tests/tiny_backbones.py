@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of several architectures, in folders as ``from_pretrained`` reads."""
+"""Tiny random backbones of several architectures, in folders that ``from_pretrained`` reads."""
 
 from pathlib import Path
 
@@ -57,8 +57,8 @@ def make_tokenizer(*, encoder: bool) -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def write_checkpoints(root: Path) -> dict[str, Path]:
-    """One folder an architecture: a backbone saved without a head, and its tokenizer."""
+def write_backbones(root: Path) -> dict[str, Path]:
+    """One folder per architecture: a backbone saved without a head, and its tokenizer."""
     for seed, architecture in enumerate(CONFIGS):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -6,10 +6,9 @@ Tables and pairs are a ``groupby`` and a ``merge`` of these. pandas is imported 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from bitstack_nb.results.metrics import student_quantile
+from bitstack_nb.results.metrics import mean_interval
 from bitstack_nb.results.plain_json import canonical
 from bitstack_nb.results.result import Result, ResultError
 
@@ -122,22 +121,19 @@ def numbers(result: Result) -> dict[str, float | None]:
 def averages(runs: pd.DataFrame, columns: Collection[str]) -> pd.DataFrame:
     """Means of columns by ``configuration``, each followed by ``<column>_interval``.
 
-    That is the half width of the 95 % Student interval, NaN for one number. Missing ones are
+    That is the half width of the 95 % Student interval, NaN for one number. Missing numbers are
     left out.
     """
     import pandas as pd
 
-    groups = runs.groupby("configuration")[list(columns)]
-    means, halves = groups.mean(), groups.sem() * groups.count().map(_quantile)
-    found = {}
-    for name in columns:
-        found |= {name: means[name], f"{name}_interval": halves[name]}
-    return pd.DataFrame(found)
-
-
-@cache
-def _quantile(count: int) -> float:
-    return student_quantile(0.95, count - 1) if count > 1 else float("nan")
+    rows: dict[str, dict[str, float | None]] = {}
+    for key, own in runs.groupby("configuration"):
+        rows[key] = {}
+        for name in columns:
+            values = own[name].dropna()
+            mean, half = mean_interval(values) if len(values) else (None, None)
+            rows[key] |= {name: mean, f"{name}_interval": half}
+    return pd.DataFrame.from_dict(rows, orient="index", dtype=float)
 
 
 def _cell(name: str, value: Any) -> Any:

@@ -1,7 +1,15 @@
 """Which parameters may be locked: the backbone without heads, embeddings and the final norm.
 
-On GPT-2 the rules give the published exclusion ``score, wte, wpe, ln_f``. They look at the model's
-structure only, so nothing here needs transformers.
+The rules look at the model's structure only, so nothing here needs transformers:
+
+- A *head* lies outside the backbone that the model names in ``base_model_prefix``, as the models of
+  transformers do. Elsewhere it is a child with a usual name: ``classifier``, ``head``, ``score``...
+- An *embedding* is an ``nn.Embedding``, or has "embed" in its name.
+- The *final norm* is a norm layer outside the stack of blocks (a ModuleList or Sequential).
+
+On GPT-2 they give the published exclusion ``score, wte, wpe, ln_f``.
+
+Names are canonical: without what ``torch.compile`` adds. A tied parameter goes by its first name.
 """
 
 from __future__ import annotations
@@ -17,7 +25,7 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-# Children that are heads in modules which do not say what their backbone is.
+# Children that are heads where the model does not name its backbone.
 _HEADS = {
     "classification_head",
     "classifier",
@@ -57,13 +65,13 @@ def refuse_shards(model: nn.Module) -> None:
     if (engine := _sharding_engine(model)) is not None:
         raise ValueError(
             f"the parameters of {type(model).__name__} are shards of {engine}, and a stack locks "
-            "entries of whole parameters: train data-parallel without shards, as torchrun and "
+            "weights of whole parameters: train data-parallel without shards, as torchrun and "
             "accelerate launch do by default"
         )
 
 
 def _sharding_engine(model: nn.Module) -> str | None:
-    # What nobody has imported is not in the model, and importing it would take longer than torch.
+    # An engine that is not imported is not in the model, and importing these takes seconds.
     fsdp, tensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
     if fsdp and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
         return "FSDP1 (FullyShardedDataParallel)"
@@ -81,14 +89,12 @@ def canonical(name: str) -> str:
 
 
 def eligible_parameters(model: nn.Module, exclude: Iterable[str] | None) -> dict[str, nn.Parameter]:
-    """Trainable floating-point parameters that may be locked, by canonical name.
+    """Trainable floating-point parameters that may be locked, by name.
 
     Args:
         model: any module, already unwrapped.
-        exclude: strings; a parameter is left out when one of its names contains one of them.
-            ``None`` finds heads, embeddings and the final norm from the model.
-
-    A tied parameter appears once, under its first name, and is left out if any of its names is.
+        exclude: strings; a parameter is left out if one of its names contains one of them.
+            ``None`` leaves out heads, embeddings and the final norm, by any of their names.
     """
     names = _names(model)
     if exclude is None:
@@ -105,12 +111,7 @@ def eligible_parameters(model: nn.Module, exclude: Iterable[str] | None) -> dict
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The heads' parameters, by canonical name.
-
-    A head lies outside the backbone that the model names in ``base_model_prefix`` (as those of
-    transformers do), or else is a child with a usual name: ``classifier``, ``head``, ``score``, ...
-    A parameter that is tied to one of the backbone is the backbone's.
-    """
+    """The heads' parameters, by name. One that is tied to the backbone is the backbone's."""
     return {
         own[0]: parameter
         for parameter, own in _names(model).items()
@@ -131,7 +132,7 @@ def trainable_heads(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """In the body an unwrapped model's parameters with these canonical names are trainable."""
+    """Within the block, an unwrapped model's parameters with these names are trainable."""
     names = set(names)
     frozen = [
         parameter
@@ -176,7 +177,7 @@ def backbone_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Every parameter with its canonical names: several where it is tied."""
+    """Every parameter with its names: several if it is tied."""
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[parameter].append(canonical(name))
@@ -203,7 +204,7 @@ def _is_head(model: nn.Module, name: str) -> bool:
 
 
 def _final_norms(model: nn.Module) -> set[str]:
-    """Norm layers outside the stack of blocks (a ModuleList or Sequential), where there is one."""
+    """Paths of the norm layers outside the stack of blocks; none if there is no such stack."""
     containers = [
         path
         for path, module in model.named_modules()

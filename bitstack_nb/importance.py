@@ -136,7 +136,7 @@ def kth_largest(scores: Sequence[torch.Tensor], k: int) -> torch.Tensor:
 
     Args:
         scores: float32 tensors of any shapes and devices, without NaN or negative values.
-        k: rank, 1 for the largest, at most the number of entries.
+        k: rank, 1 for the largest, at most the number of scores.
 
     Returns:
         A float32 scalar tensor on the CPU.

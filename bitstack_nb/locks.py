@@ -1,4 +1,4 @@
-"""What is locked: packed masks and the exact values under them, parameter by parameter."""
+"""What is locked: packed masks, and the exact values of locked weights, parameter by parameter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from bitstack_nb import bits
-from bitstack_nb import maskfile as storage
+from bitstack_nb import bits, maskfile
 from bitstack_nb.eligible import place
 
 if TYPE_CHECKING:
@@ -17,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class TaskLocks(NamedTuple):
-    """How many entries of one parameter a task chose, and how many of those were new."""
+    """How many weights of one parameter a task chose, and how many of these were new."""
 
     selected: int
     added: int
 
 
 class Locks:
-    """The locked entries of some parameters: one bit per entry, and each locked entry's value.
+    """The locked weights of some parameters: one bit per weight, and the value of each locked one.
 
-    Masks are unpacked one parameter at a time. Bits and values follow a parameter that moves to
-    another device; a cast of a parameter with locked entries is refused.
+    Masks are unpacked one parameter at a time. Bits and values follow a parameter to another
+    device; a cast of a parameter with locked weights is refused.
 
     Args:
         parameters: what may be locked, by name.
@@ -46,17 +45,17 @@ class Locks:
 
     @property
     def count(self) -> int:
-        """Locked entries in all."""
+        """Locked weights in all."""
         return sum(len(values) for values in self._values.values())
 
     @property
     def held(self) -> dict[str, nn.Parameter]:
-        """The parameters with entries that may not move."""
+        """The parameters with locked weights, by name."""
         return {name: self.parameters[name] for name in self.names}
 
     @property
     def names(self) -> list[str]:
-        """The parameters that have locked entries."""
+        """The names of parameters with locked weights."""
         return [name for name, values in self._values.items() if len(values)]
 
     def mask(self, name: str) -> torch.Tensor:
@@ -68,13 +67,13 @@ class Locks:
         return bits.positions(self._followed(name), self.parameters[name].shape)
 
     def _followed(self, name: str) -> torch.Tensor:
-        """A parameter's packed mask, on its device, as its values are; refuses another dtype."""
+        """A parameter's packed mask, moved to its device with the values; refuses a cast."""
         parameter, values = self.parameters[name], self._values[name]
         if not len(values):  # nothing locked yet: a cast of the model loses nothing
             values = self._values[name] = parameter.detach().new_empty(0)
         if parameter.dtype != values.dtype:
             raise RuntimeError(
-                f"{name} is {parameter.dtype} but its entries were locked as {values.dtype}: "
+                f"{name} is {parameter.dtype} but its weights were locked as {values.dtype}: "
                 "exact values do not survive a cast; train in the dtype of the locks"
             )
         if self._bits[name].device != parameter.device:
@@ -84,15 +83,15 @@ class Locks:
 
     @torch.no_grad()
     def add(self, chosen: Mapping[str, torch.Tensor]) -> None:
-        """Lock a task's entries, given as bool masks, at the values they have now.
+        """Lock a task's weights, given as bool masks, at the values they have now.
 
-        Everything new is computed before anything old is replaced.
+        All that is new is computed before anything old is replaced.
         """
         new_bits, new_values, task = {}, {}, {}
         for name, mask in chosen.items():
             old = self.mask(name)
             union = mask | old
-            # Entries locked before keep the value they were locked with, wherever they are now.
+            # A weight locked before keeps the value it was locked with, though it may have moved.
             current = self.parameters[name].detach().clone()
             current.masked_scatter_(old, self._values[name])
             new_bits[name] = bits.pack(union)
@@ -113,7 +112,7 @@ class Locks:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put every locked entry back to the value it was locked with."""
+        """Put every locked weight back to the value it was locked with."""
         for name in self.names:
             parameter = self.parameters[name]
             if parameter.device.type == "cpu":
@@ -123,7 +122,7 @@ class Locks:
 
     @torch.no_grad()
     def moved(self) -> dict[str, int]:
-        """Parameters with locked entries that differ in any bit from their values: how many."""
+        """How many locked weights differ in any bit from their values, by name; 0 left out."""
         moved = {}
         for name in self.names:
             present = self.parameters[name].masked_select(self.mask(name))
@@ -147,10 +146,10 @@ class Locks:
         """Take over a state and put its values into the parameters.
 
         Where it has no values (None) the parameters' present ones are locked. A state of other
-        parameters raises a ``storage.MaskFileError`` that names every mismatch; nothing has
+        parameters raises a ``maskfile.MaskFileError`` that names every mismatch; nothing has
         changed then.
         """
-        storage.check_match(state["parameters"], self.parameters)
+        maskfile.check_match(state["parameters"], self.parameters)
         new_bits, new_values = {}, {}
         for name, p in self.parameters.items():
             new_bits[name] = state["bits"][name].to(p.device).clone()
@@ -189,7 +188,7 @@ def layer_table(
     table = table.groupby(keys, as_index=False, dropna=False, sort=False).sum()
     table["locked"] = table.groupby(keys[:2], dropna=False)["added"].cumsum()
     fraction = table["locked"] / table["eligible"]
-    # An empty parameter has no entries to lock: 0, not 0 / 0.
+    # An empty parameter has no weights to lock: 0, not 0 / 0.
     table["lock_fraction"] = fraction.where(table["eligible"] > 0, 0.0)
     return table
 

@@ -1,15 +1,16 @@
-"""Accuracy matrix -> the field's metrics, and intervals over seeds. Needs numpy only.
+"""The field's metrics of an accuracy matrix, and intervals over seeds. Needs numpy only.
 
 The matrix ``a`` is [T, T] in percent: ``a[t, i]`` is the accuracy on task ``i`` after training task
-``t``. What was not measured is None or NaN: the entries above the diagonal (a task has no head
-before its turn; whatever stands there is ignored) and, for joint training, every row but the last.
-A metric that needs an entry that was not measured, or more tasks than there are, is NaN.
+``t``. None or NaN stands for values that were not measured. Values above the diagonal are ignored,
+as a task has no head before its turn; joint training has only the last row. A metric that needs a
+missing value, or more tasks than there are, is NaN.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -19,7 +20,7 @@ Matrix = Sequence[Sequence[float | None]] | np.ndarray
 def accuracy_matrix(matrix: Matrix) -> np.ndarray:
     """Check a matrix and return it as float64 [T, T], NaN where nothing was measured.
 
-    Raises ValueError where it is not square, is empty, or holds what is no percentage.
+    Raises ValueError where it is empty, not square, or holds a value that is no percentage.
     """
     try:
         a = np.array(matrix, dtype=np.float64)
@@ -30,7 +31,7 @@ def accuracy_matrix(matrix: Matrix) -> np.ndarray:
     if a.ndim != 2 or a.shape[0] != a.shape[1] or a.size == 0:
         raise ValueError(
             f"the accuracy matrix must be [T, T] for T >= 1 tasks, got shape {a.shape}: "
-            "give a row per trained task, with None for what was not measured"
+            "give a row per trained task, with None for a value that was not measured"
         )
     wrong = a[(a < 0) | (a > 100)]
     if wrong.size:
@@ -105,29 +106,8 @@ def summarize(matrix: Matrix) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
-def student_quantile(confidence: float, degrees: int) -> float:
-    """The ``t`` with ``P(|T| < t) = confidence`` for Student's T with ``degrees`` of freedom.
-
-    The finite series for whole degrees of Abramowitz & Stegun 1964, equations 26.7.3 and 26.7.4,
-    inverted by bisection on the angle ``atan(t / sqrt(degrees))``. Good to about 1e-9, relative.
-    Raises ValueError for a confidence outside ]0, 1[ or fewer than one degree.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}: try 0.95")
-    if degrees < 1:
-        raise ValueError(f"degrees of freedom must be at least 1, got {degrees!r}")
-    low, high = 0.0, math.pi / 2
-    for _ in range(64):
-        middle = (low + high) / 2
-        if _central_probability(middle, degrees) < confidence:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
-
-
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None]:
-    """Mean of ``values`` and the half width of its Student interval (n - 1 degrees of freedom).
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of ``values`` and the half width of its 95 % Student interval.
 
     The half width is None for one value, which says nothing of the spread. Raises ValueError for no
     values and for values that are not finite.
@@ -138,8 +118,24 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     mean, n = float(sample.mean()), sample.size
     if n == 1:
         return mean, None
-    spread = float(sample.std(ddof=1)) / math.sqrt(n)
-    return mean, student_quantile(confidence, n - 1) * spread
+    return mean, student_quantile(n - 1) * float(sample.std(ddof=1)) / math.sqrt(n)
+
+
+@cache
+def student_quantile(degrees: int, confidence: float = 0.95) -> float:
+    """The ``t`` with ``P(|T| < t) = confidence`` for Student's T with ``degrees`` of freedom.
+
+    Abramowitz & Stegun 1964, equations 26.7.3 and 26.7.4, give the probability as a finite series
+    in the angle ``atan(t / sqrt(degrees))``. Bisection inverts it, to about 1e-9.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(64):
+        middle = (low + high) / 2
+        if _central_probability(middle, degrees) < confidence:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(degrees) * math.tan((low + high) / 2)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -99,7 +99,7 @@ def test_bad_matrices_are_named(matrix, words):
     ],
 )
 def test_student_quantile(confidence, degrees, expected):
-    assert metrics.student_quantile(confidence, degrees) == pytest.approx(expected, abs=6e-5)
+    assert metrics.student_quantile(degrees, confidence) == pytest.approx(expected, abs=6e-5)
 
 
 def test_mean_interval():

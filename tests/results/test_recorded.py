@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from bitstack_nb import Protocol, load_results
+from bitstack_nb.figures import summary
+from bitstack_nb.results import format_table
 from bitstack_nb.results.packed import RUNS
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -57,6 +59,16 @@ def test_packed_runs_equal_the_json_they_were_made_of(file):
     (own,) = load_results(file)
     for field, value in vars(own).items():
         assert json.dumps(getattr(packed, field)) == json.dumps(value), field
+
+
+def test_the_page_shows_the_comparison_and_counts_the_runs_as_recorded(recorded):
+    page = (RESULTS / "README.md").read_text()
+    assert format_table(summary(recorded[RESULTS / "evidence"])) in page
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    for folder, results in recorded.items():
+        name = f"`{folder.relative_to(RESULTS)}`"
+        (row,) = [row for row in rows if row and name in row[0].split(", ")]
+        assert int(row[2].split(", ")[row[0].split(", ").index(name)]) == len(results)
 
 
 def test_published_numbers_name_their_source():

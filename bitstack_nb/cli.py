@@ -80,32 +80,25 @@ def _run(options: argparse.Namespace) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     from bitstack_nb.benchmark.sweeps import sweep
-    from bitstack_nb.benchmark.training import find_device
-    from bitstack_nb.results.result import Result
+    from bitstack_nb.results.result import load_results
 
-    todo = {options.output / f"{protocol.name}.json": protocol for protocol in protocols(options)}
-    commands = {path: one_run(protocol, options) for path, protocol in todo.items()}
-    jobs = options.jobs
-    if jobs is None and options.backend == "loky" and find_device(options.device).type == "cuda":
-        jobs = 1  # several models seldom fit one GPU
-    failed = sweep(commands, backend=options.backend, jobs=jobs, progress=not options.quiet)
-    if done := [Result.load(path) for path in commands if path not in failed]:
-        _report(done, options.output)
-    for path, why in failed.items():
-        print(f"{path.stem}: {why}", file=sys.stderr)
+    names = {protocol.name: protocol for protocol in protocols(options)}
+    failed = sweep(
+        list(names.values()),
+        output=options.output,
+        device=options.device,
+        backend=options.backend,
+        jobs=options.jobs,
+        progress=not options.quiet,
+    )
+    if done := [options.output / f"{name}.json" for name in names if name not in failed]:
+        _report(load_results(*done), options.output)
+    for name, why in failed.items():
+        print(f"{name}: {why}", file=sys.stderr)
     if failed:
         raise ValueError(
-            f"{len(failed)} of {len(commands)} runs have failed: the same command tries them again"
+            f"{len(failed)} of {len(names)} runs have failed: the same command tries them again"
         )
-
-
-def one_run(protocol: Protocol, options: argparse.Namespace) -> list[str]:
-    """The arguments that make Python do one run."""
-    settings = {item.name: getattr(protocol, item.name) for item in fields(Protocol)}
-    settings |= {"tasks": ",".join(task.name for task in protocol.tasks)}
-    settings |= {"seeds": settings.pop("seed"), "device": options.device, "output": options.output}
-    given = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items() if v is not None]
-    return ["-m", "bitstack_nb", "run", *given, "--verbose" if options.verbose else "--quiet"]
 
 
 def _figures(options: argparse.Namespace) -> None:

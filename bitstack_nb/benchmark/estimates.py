@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset
 
 from bitstack_nb.benchmark import drift
+from bitstack_nb.benchmark.inputs import evaluation_batches, training_batches
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.runner import finished_stages
 from bitstack_nb.benchmark.sequence import TaskSequence
@@ -20,11 +22,9 @@ from bitstack_nb.benchmark.training import find_device
 from bitstack_nb.results.plain_json import canonical
 from bitstack_nb.rng import undisturbed_rng
 
-_STEPS, _BATCHES = 6, 3  # training steps of a timed stage, and evaluation batches after it
+_STEPS, _BATCHES = 6, 3  # of training in a timed stage, and of evaluation after it
 # Settings that change no step's time.
 _FREE = {"seed", "tasks", "epochs", "learning_rate", "head_learning_rate", "warmup_steps"}
-
-Run = tuple[Protocol, list[list[int]]]  # with the stages that are left of it
 
 
 def estimate(
@@ -35,13 +35,13 @@ def estimate(
 ) -> float:
     """Seconds that :func:`bitstack_nb.run` of these protocols will take here, roughly.
 
-    Finished runs cost nothing, broken ones only what is left of them. Data and model of one seed
-    are loaded for each kind of run; for further seeds that time is counted.
+    Finished runs cost nothing, broken ones only the stages that are left. Data and model of one
+    seed are loaded for each kind of run; for further seeds that time is counted.
 
     Raises:
         ValueError: as ``run`` does.
     """
-    kinds: dict[str, list[Run]] = {}
+    kinds: dict[str, list[tuple[Protocol, list[list[int]]]]] = {}
     for protocol in protocols:
         stages = all_strategies()[protocol.strategy].stages(len(protocol.tasks))
         if left := stages[finished_stages(protocol, output) :]:
@@ -53,59 +53,58 @@ def estimate(
         return sum(_seconds(runs, found) for runs in kinds.values())
 
 
-def _seconds(runs: list[Run], device: torch.device) -> float:
-    """Seconds of runs of one kind."""
+def _seconds(runs: list[tuple[Protocol, list[list[int]]]], device: torch.device) -> float:
+    """Seconds of runs of one kind, each with the stages that are left of it."""
     start = time.perf_counter()
     with TemporaryDirectory() as folder:
         sequence = TaskSequence(runs[0][0], device, Path(folder), None)
         total = (time.perf_counter() - start) * (len({p.seed for p, _ in runs}) - 1)
+        learn, test = sequence.train_data, sequence.test_data
         costs = _costs(sequence)
-    inputs, strategy = sequence.inputs, sequence.strategy
+    strategy = sequence.strategy
     for protocol, stages in runs:
+        batches = 0
         for stage in stages:
-            steps = inputs.training_batches(strategy.rows(stage, inputs.train, protocol), protocol)
-            batches = inputs.evaluation_batches(stage[-1], protocol)
-            total += costs["stage"] + steps * costs["step"] + batches * costs["batch"]
-            total += costs["task"] * (stage[-1] + 1)
+            steps = training_batches(strategy.rows(stage, learn, protocol), protocol)
             measured = min(protocol.n_batches or 0, steps / protocol.epochs)
+            total += costs["stage"] + steps * costs["step"]
             total += costs["measure"] * max(1, measured / _STEPS)
-        if strategy.drifts and len(strategy.stages(len(protocol.tasks))) > 1:
-            count = len(drift.groups(sequence.model, strategy.masks()))
-            batches = inputs.evaluation_batches(0, protocol)
-            total += count * (costs["task"] + batches * costs["batch"])
+            batches += evaluation_batches(test[: stage[-1] + 1], protocol)
+        if strategy.drifts and len(protocol.tasks) > 1:
+            groups = drift.groups(sequence.model, strategy.masks())
+            batches += len(groups) * evaluation_batches(test[:1], protocol)
+        total += batches * costs["batch"]
     return total
 
 
 def _costs(sequence: TaskSequence) -> dict[str, float]:
-    """Seconds of a step, an evaluation batch, measuring, and what else a stage or a task takes."""
-    size = sequence.protocol.batch_size
-    clock = _Clock(sequence.device)
+    """Seconds of a training step, an evaluation batch, measuring, and the rest of a stage."""
+    size, train, clock = sequence.protocol.batch_size, sequence.train_data, _Clock(sequence.device)
+    sequence.test_data = [_first(_BATCHES * 4 * size, data) for data in sequence.test_data]
     for number, stage in enumerate(sequence.stages[:2]):  # the first one warms up, and may lock
-        share = -(-_STEPS // len(stage))
-        sequence.train_data = [_first(rows, share * size) for rows in sequence.inputs.train]
-        sequence.test_data = [_first(rows, _BATCHES * 4 * size) for rows in sequence.inputs.test]
-        clock.start()
-        sequence._train(number, stage, clock)
-        sequence._lock(number, stage)
-        step, steps = clock.pace(), len(clock.ticks)
-        start = clock.start()
+        rows = math.ceil(_STEPS / len(stage)) * size
+        sequence.train_data = [_first(rows, data) for data in train]
+        clock.ticks = []
+        sequence.train_stage(number, stage, clock)
+        sequence.lock(number, stage)
+        trained, start = clock.ticks, clock.now()
         with sequence.strategy.model_of(stage[-1]):
-            sequence._accuracy(stage[-1], clock)
-        evaluated, batch, batches = clock.now() - start, clock.pace(), len(clock.ticks)
-        start = clock.start()
-        sequence._checkpoint(number + 1)
-        written = clock.now() - start
+            sequence.accuracy_of(stage[-1], clock)
+        evaluated = clock.now()
+        sequence.save_stage(number + 1)
+        written = clock.now() - evaluated
     spent = {what: seconds[-1] for what, seconds in sequence.numbers["times"].items() if seconds}
+    step = (trained[-1] - trained[0]) / max(1, len(trained) - 1)
+    batches = evaluation_batches([sequence.test_data[stage[-1]]], sequence.protocol)
     return {
         "step": step,
-        "batch": batch,
+        "batch": (evaluated - start) / batches,
         "measure": spent["begin"] + spent["update"],
-        "stage": written + max(0, spent["train"] - steps * step),
-        "task": max(0, evaluated - batches * batch),
+        "stage": written + max(0, spent["train"] - len(trained) * step),
     }
 
 
-def _first(rows: Dataset, count: int) -> Dataset:
+def _first(count: int, rows: Dataset) -> Dataset:
     return rows.select(range(min(len(rows), count)))
 
 
@@ -120,13 +119,5 @@ class _Clock:
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
-    def start(self) -> float:
-        self.ticks = []
-        return self.now()
-
     def update(self, count: int) -> None:
         self.ticks.append(self.now())
-
-    def pace(self) -> float:
-        """Mean seconds from batch to batch."""
-        return (self.ticks[-1] - self.ticks[0]) / max(1, len(self.ticks) - 1)

@@ -1,8 +1,7 @@
-"""One classification head per task on a shared backbone, swapped in for its task.
+"""One classification head per task on a shared backbone; a task's head is swapped in to use it.
 
-Scope: making, swapping and storing heads. A head is the model's direct children outside the
-backbone that hold parameters: ``score`` of GPT-2, ``pre_classifier`` and ``classifier`` of
-DistilBERT, ``head`` and ``classifier`` of ModernBERT.
+A head is the model's direct children outside the backbone that hold parameters: ``score`` of GPT-2,
+``pre_classifier`` and ``classifier`` of DistilBERT, ``head`` and ``classifier`` of ModernBERT.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class Heads:
 
     Args:
         model: its present head is the pattern for all; it stays in place until :meth:`use`.
-        seed: with the task's name draws a head's last layer, whatever the order of adding.
+        seed: with the task's name decides a head's last layer, whatever the order of adding.
 
     Raises:
         BackboneError: the model has no head that ends in a linear layer of ``num_labels`` outputs.
@@ -59,22 +58,34 @@ class Heads:
         return tuple(self._heads)
 
     def add(self, task_name: str, num_labels: int) -> None:
-        """Make a head for a task: the model's own, its last layer drawn anew.
+        """Make a head for a task: a copy of the model's own with a new last layer.
 
-        Weights are normal with the model's ``initializer_range``, biases 0.
+        Its weights are normal with the model's ``initializer_range``, its biases 0.
 
         Raises:
-            BackboneError: a name that is taken or cannot be stored, fewer than two labels.
+            BackboneError: the task has a head already.
         """
         if task_name in self._heads:
             raise BackboneError(f"task {task_name!r} has a head already; take another name")
-        self._heads[task_name] = self._make(task_name, num_labels)
+        head = copy.deepcopy(self._pattern)
+        old = head.get_submodule(self._output)
+        # Built without its usual initialisation, which would use the global generator.
+        output = nn.utils.skip_init(
+            nn.Linear,
+            old.in_features,
+            num_labels,
+            bias=old.bias is not None,
+            dtype=old.weight.dtype,
+        )
+        self._initialise(output, task_name)
+        head.set_submodule(self._output, output)
+        self._heads[task_name] = head.to(self._device())
 
     def use(self, task_name: str) -> PreTrainedModel:
         """Swap a task's head into the model, on its device and in its mode, and return the model.
 
         Raises:
-            BackboneError: a task without a head.
+            BackboneError: the task has no head.
         """
         if task_name not in self._heads:
             known = ", ".join(self._heads) or "none yet"
@@ -88,76 +99,25 @@ class Heads:
         return self.model
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return the heads themselves by task, for training them all at once."""
+        """The heads themselves by task, for training them all at once."""
         return dict(self._heads)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return all heads' tensors (not copied) as ``task/parameter``, in order of adding."""
+        """All heads' tensors (not copied) as ``task/parameter``, in order of adding."""
         return {
             f"{task}/{name}": tensor
             for task, head in self._heads.items()
             for name, tensor in head.state_dict().items()
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over what :meth:`state_dict` gave; heads that are not there yet are added in order.
-
-        Raises:
-            BackboneError: tensors missing, unknown or of another shape. Nothing has changed.
-        """
-        tensors: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in state.items():
-            task, _, name = key.partition("/")
-            tensors.setdefault(task, {})[name] = tensor
-        loaded = {task: self._fitting(task, named) for task, named in tensors.items()}
-        for task, head in loaded.items():
-            head.load_state_dict(tensors[task])
-        self._heads.update(loaded)
-
-    def _fitting(self, task: str, tensors: Mapping[str, torch.Tensor]) -> nn.ModuleDict:
-        """Return the task's head, or a new one, that takes exactly these tensors."""
-        weight = tensors.get(f"{self._output}.weight")
-        if weight is None:
-            raise BackboneError(
-                f"the state of task {task!r} lacks {self._output}.weight; it is not one of a"
-                f" {type(self.model).__name__}'s heads"
-            )
-        head = self._heads.get(task) or self._make(task, weight.shape[0])
-        expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        wrong = [
-            f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
-            for name in sorted(expected.keys() | found.keys())
-            if found.get(name) != expected.get(name)
-        ]
-        if wrong:
-            raise BackboneError(f"the state of task {task!r} does not fit: {'; '.join(wrong)}")
-        return head
-
-    def _make(self, task_name: str, num_labels: int) -> nn.ModuleDict:
-        if not task_name or "/" in task_name or "." in task_name:
-            raise BackboneError(
-                f"task name {task_name!r} must be neither empty nor hold '/' or '.', which part"
-                " the names of stored tensors"
-            )
-        if num_labels < 2:
-            raise BackboneError(f"task {task_name!r} needs two labels or more, got {num_labels!r}")
-        head = copy.deepcopy(self._pattern)
-        old = head.get_submodule(self._output)
-        # Built without its usual initialisation, which would draw from the global generator.
-        output = nn.utils.skip_init(
-            nn.Linear,
-            old.in_features,
-            num_labels,
-            bias=old.bias is not None,
-            dtype=old.weight.dtype,
-        )
-        self._draw(output, task_name)
-        head.set_submodule(self._output, output)
-        return head.to(self._device())
+        """Copy the tensors that :meth:`state_dict` gave into the same heads."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
 
     @torch.no_grad()
-    def _draw(self, output: nn.Linear, task_name: str) -> None:
+    def _initialise(self, output: nn.Linear, task_name: str) -> None:
         digest = hashlib.sha256(f"{self._seed}/{task_name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         deviation = getattr(self.model.config, "initializer_range", None) or 0.02

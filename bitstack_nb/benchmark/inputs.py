@@ -1,8 +1,8 @@
-"""What a protocol trains on: its backbone on the device, and every task's encoded samples."""
+"""A protocol's data and model: the backbone on the device, and every task's encoded samples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -21,7 +21,7 @@ class Inputs:
     """A protocol's data and model, ready to train.
 
     Attributes:
-        tasks: the drawn samples, in training order.
+        tasks: the samples, in training order.
         backbone: its model is on the device.
         train, test: the samples encoded, by task.
         collate: makes a padded batch of encoded rows.
@@ -33,28 +33,18 @@ class Inputs:
     test: list[Dataset]
     collate: Collate
 
-    @staticmethod
-    def training_batches(rows: Mapping[int, Dataset], protocol: Protocol) -> int:
-        """Steps of a stage that trains on these rows together."""
-        count = sum(map(len, rows.values()))
-        return ceil(protocol.epochs * ceil(count / protocol.batch_size))
 
-    def evaluation_batches(self, last: int, protocol: Protocol) -> int:
-        """Batches (of four times the training batch) that evaluating the tasks up to this takes."""
-        return sum(ceil(len(rows) / (4 * protocol.batch_size)) for rows in self.test[: last + 1])
-
-
-# Runs that differ in their strategy draw the same samples; a stream is not read anew for each.
-_load_from_hub = lru_cache(maxsize=32)(load_task)
+# Runs that differ in their strategy have the same samples, which are not read anew for each.
+_load_once = lru_cache(maxsize=32)(load_task)
 
 
 def load_inputs(protocol: Protocol, device: torch.device) -> Inputs:
-    """Draw and encode every task's samples and load the backbone.
+    """Load and encode every task's samples, and load the backbone.
 
     Raises:
         ValueError: a dataset or the model is out of reach or does not fit the protocol.
     """
-    load = _load_from_hub if protocol.data == "hub" else load_task
+    load = _load_once if protocol.data in ("hub", "embedded") else load_task  # folders change
     tasks = [
         load(
             task,
@@ -76,3 +66,13 @@ def load_inputs(protocol: Protocol, device: torch.device) -> Inputs:
         [encode(task.test, backbone) for task in tasks],
         collate(backbone),
     )
+
+
+def training_batches(rows: Mapping[int, Dataset], protocol: Protocol) -> int:
+    """Steps of a stage that trains on these rows together."""
+    return ceil(protocol.epochs * ceil(sum(map(len, rows.values())) / protocol.batch_size))
+
+
+def evaluation_batches(tests: Sequence[Dataset], protocol: Protocol) -> int:
+    """Batches, of four times the training batch, that evaluating these test samples takes."""
+    return sum(ceil(len(rows) / (4 * protocol.batch_size)) for rows in tests)

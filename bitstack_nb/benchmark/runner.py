@@ -1,7 +1,7 @@
 """Run a protocol, resume it where it was broken off, or read its result.
 
-``sequence`` is the run itself. Here is what is around it: one process at a time has a run in hand,
-and a result is written whole or not at all.
+``sequence`` is the run itself. This module gives a run to one process at a time, and writes its
+result whole or not at all.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 
-from bitstack_nb import ranks
 from bitstack_nb.benchmark import stages
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.sequence import TaskSequence
 from bitstack_nb.benchmark.strategies import all_strategies
-from bitstack_nb.benchmark.training import find_device, join_ranks
+from bitstack_nb.benchmark.training import find_device
 from bitstack_nb.results.result import Result
 from bitstack_nb.rng import undisturbed_rng
 
@@ -34,42 +32,39 @@ def run(
 ) -> Result:
     """Run a protocol, or read its result if it has been run.
 
-    Under ``torchrun`` every rank calls it; they need one folder to resume from.
-    While another process has the same run in hand, wait for it.
+    If another process is executing the same run, this one waits until it has finished.
 
     Args:
-        protocol: what to do.
+        protocol: the run.
         output: folder for ``<protocol.name>.json`` and, while running, the state to resume from.
         device: ``auto``, ``cpu`` or ``cuda``.
         progress: show one bar over all batches.
-        command: what to record as the command that repeats this; the process's by default.
+        command: the command line that repeats this, for the record; the process's by default.
 
     Raises:
         ValueError: a setting, a dataset or a model is not usable; the message says what to do.
-        ranks.RankError: another rank failed, or is not where this one is.
     """
+    if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            f"a run takes one process, but WORLD_SIZE is {count}: start it without torchrun; "
+            "python -m bitstack_nb sweep does many runs at once"
+        )
     path = Path(output) / f"{protocol.name}.json"
+    state = path.with_suffix(".state")
     found = find_device(device)
-    join_ranks(found)
-    if ranks.gathered(path.exists())[0]:  # one answer: a rank that went on alone would wait for all
+    if path.exists():
         logger.info("%s is finished already: %s", protocol.name, path)
         return Result.load(path)
     with undisturbed_rng(found):  # the Trainer seeds the global generators
-        sequence = TaskSequence(protocol, found, path.with_suffix(".state"), command)
-        with ExitStack() as held:
-            with ranks.agreed():
-                if ranks.rank() == 0:  # waits for all
-                    stages.check_writable(sequence.state)  # a lock there would be waited for
-                    held.enter_context(stages.alone(sequence.state))
-            if ranks.gathered(path.exists())[0]:  # another process has finished it
-                if ranks.rank() == 0:
-                    shutil.rmtree(sequence.state, ignore_errors=True)
-                return Result.load(path)
-            result = sequence.run(progress=progress and ranks.rank() == 0)
-            with ranks.agreed():
-                if ranks.rank() == 0:
-                    result.save(path)
-                    shutil.rmtree(sequence.state, ignore_errors=True)
+        sequence = TaskSequence(protocol, found, state, command)
+        stages.check_writable(state)  # not after a first stage was trained for nothing
+        with stages.alone(state):
+            if path.exists():  # another process has finished it
+                result = Result.load(path)
+            else:
+                result = sequence.run(progress=progress)
+                result.save(path)
+            shutil.rmtree(state, ignore_errors=True)
     return result
 
 

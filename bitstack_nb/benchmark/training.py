@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy
 import torch
-from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 from tqdm.auto import tqdm
@@ -21,7 +19,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from bitstack_nb import ranks
 from bitstack_nb.benchmark.heads import Heads
 from bitstack_nb.benchmark.protocol import Protocol
 
@@ -85,10 +82,7 @@ def train(
     device: torch.device,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> int:
-    """Train in place and return how many steps. Batches are grouped by length; GPUs get autocast.
-
-    Several ranks share each batch; the weights are equal on all of them afterwards.
-    """
+    """Train in place and return the number of steps. Batches are of texts of similar length."""
     with _trainer(model, collate, protocol, device, seed, callbacks) as trainer:
         trainer.train_dataset = data
         if protocol.head_learning_rate is not None:
@@ -97,7 +91,7 @@ def train(
 
 
 def _set_head_rate(trainer: Trainer, rate: float) -> None:
-    """Part the Trainer's own groups into backbone and heads; its schedule scales both alike."""
+    """Split the Trainer's parameter groups into backbone and heads; both follow its schedule."""
     model = trainer.model.backbone if isinstance(trainer.model, MultiHead) else trainer.model
     backbone = {id(p) for p in model.base_model.parameters()}
     optimizer = trainer.create_optimizer()
@@ -137,8 +131,8 @@ def _trainer(
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            per_device_train_batch_size=protocol.batch_size // ranks.count(),
-            per_device_eval_batch_size=4 * protocol.batch_size // ranks.count(),
+            per_device_train_batch_size=protocol.batch_size,
+            per_device_eval_batch_size=4 * protocol.batch_size,
             num_train_epochs=protocol.epochs,
             learning_rate=protocol.learning_rate,
             weight_decay=protocol.weight_decay,
@@ -152,10 +146,6 @@ def _trainer(
             bf16=half == "bf16",
             fp16=half == "fp16",
             dataloader_pin_memory=device.type == "cuda",
-            # Else ranks draw each epoch's order from global generators, which dropout sets apart.
-            accelerator_config={"use_seedable_sampler": False},
-            # Else the loss is multiplied by the number of ranks, for classifiers too, and clipped.
-            average_tokens_across_devices=False,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
@@ -174,9 +164,8 @@ def _trainer(
         try:
             yield trainer
         finally:
-            # accelerate wraps forward in autocast once and leaves both wrapper and mark behind. The
-            # wrapper would still be there in update(), and a resumed run would not have it; with
-            # the mark the next Trainer would neither wrap it again nor train it data-parallel.
+            # accelerate wraps forward in autocast and leaves wrapper and mark behind. The wrapper
+            # would still be there in update(); with the mark the next Trainer would not wrap again.
             if "_original_forward" in vars(model):
                 del model.forward, model._original_forward
             vars(model).pop("_is_accelerate_prepared", None)
@@ -203,21 +192,6 @@ def find_device(name: str) -> torch.device:
         raise ValueError("device is 'cuda', but torch sees no GPU here: use auto or cpu")
     found = "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
     return torch.device(found)
-
-
-def join_ranks(device: torch.device) -> None:
-    """Connect the processes that torchrun or ``accelerate launch`` started, a GPU for each.
-
-    Raises:
-        ValueError: they were started otherwise, and the Trainer would train in each by itself.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or ranks.count() > 1:
-        trained_by = PartialState(cpu=device.type == "cpu").num_processes
-        if trained_by != ranks.count():
-            raise ValueError(
-                f"there are {ranks.count()} processes, and the Trainer would train over "
-                f"{trained_by}: start them by torchrun or accelerate launch"
-            )
 
 
 class ProgressBar(TrainerCallback):

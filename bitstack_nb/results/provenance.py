@@ -39,7 +39,7 @@ def provenance(*, command: str | None = None) -> dict[str, Any]:
     gpus = torch.cuda.device_count() if torch else 0
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _command_line() if command is None else command,
+        "command": command_line() if command is None else command,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
@@ -71,7 +71,7 @@ def peak_memory(before: dict[str, float], device: torch.device) -> dict[str, flo
     return {name: max(value, before.get(name, 0)) for name, value in peak.items()}
 
 
-def _command_line() -> str:
+def command_line() -> str:
     """What a shell takes; not sys.argv, whose first word under ``python -m`` is a file's path."""
     return shlex.join(["python", *sys.orig_argv[1:]])
 

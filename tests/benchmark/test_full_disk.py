@@ -4,15 +4,19 @@ import os
 from pathlib import Path
 
 import pytest
-from killing import PROTOCOLS
 
-from bitstack_nb import run
-from bitstack_nb.benchmark import sequence, training
+from bitstack_nb import Protocol, run
+from bitstack_nb.benchmark import sequence
 
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    return run(PROTOCOLS[0], output=tmp_path_factory.mktemp("unbroken"))
+PROTOCOL = Protocol(
+    strategy="bitstack",
+    n_batches=2,
+    tasks=("imdb", "ag_news"),
+    train_size=16,
+    test_size=12,
+    max_length=12,
+    epochs=1,
+)
 
 
 @pytest.mark.parametrize(
@@ -22,12 +26,11 @@ def unbroken(tmp_path_factory):
         ("Result", "cannot write the result.*room", 0),
     ],
 )
-def test_a_full_disk_loses_nothing(
-    unbroken, tmp_path, monkeypatch, full_in, message, trained_again
-):
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, full_in, message, trained_again):
     """It fills up while the last stage is trained, or when only the result is left to write."""
     resource = pytest.importorskip("resource")  # not on Windows
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    unbroken = run(PROTOCOL, output=tmp_path / "unbroken")
     earlier = tmp_path / "earlier.json"
     unbroken.save(earlier)
     whole, real, calls = earlier.read_bytes(), getattr(sequence, full_in), []
@@ -41,21 +44,16 @@ def test_a_full_disk_loses_nothing(
     try:
         with monkeypatch.context() as patch, pytest.raises(OSError, match=message):
             patch.setattr(sequence, full_in, filling)
-            run(PROTOCOLS[0], output=tmp_path)
+            run(PROTOCOL, output=tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert earlier.read_bytes() == whole
     assert not [*tmp_path.rglob("*.tmp")]  # room is short
-    calls.clear()
-
-    def counting(*args, **kwargs):
-        calls.append(args)
-        return training.train(*args, **kwargs)
-
-    monkeypatch.setattr(sequence, "train", counting)
-    resumed = run(PROTOCOLS[0], output=tmp_path)
+    trained, real = [], sequence.train
+    monkeypatch.setattr(sequence, "train", lambda *a, **k: trained.append(a) or real(*a, **k))
+    resumed = run(PROTOCOL, output=tmp_path)
     assert (resumed.matrix, resumed.locks) == (unbroken.matrix, unbroken.locks)
-    assert len(calls) == trained_again
+    assert len(trained) == trained_again
 
 
 @pytest.mark.parametrize("where", ["a file", "read-only", "/proc"])
@@ -69,5 +67,5 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path, monk
         if os.access(folder, os.W_OK):
             pytest.skip("root may write anywhere")
     with pytest.raises(OSError, match=f"cannot write to {folder}.*choose another"):
-        run(PROTOCOLS[0], output=folder)
+        run(PROTOCOL, output=folder)
     assert where != "a file" or folder.read_text() == "mine"

@@ -110,58 +110,24 @@ def test_heads_follow_the_device_of_the_model() -> None:
 
 
 def test_head_states_round_trip(backbone: Backbone) -> None:
-    source = Heads(backbone.model, seed=0)
-    for name, labels in (("z", 2), ("a", 5)):
-        source.add(name, labels)
+    source, target = (Heads(backbone.model, seed=seed) for seed in (0, 9))
+    for heads in (source, target):
+        for name, labels in (("z", 2), ("a", 5)):
+            heads.add(name, labels)
     state = {key: tensor.clone() for key, tensor in source.state_dict().items()}
-    target = Heads(backbone.model, seed=9)
-    target.add("a", 5)
     kept = target.modules()["a"]
     target.load_state_dict(state)
-    assert set(target.names) == {"z", "a"}
     assert target.modules()["a"] is kept  # an optimizer may hold its parameters
     assert all(torch.equal(target.state_dict()[key], state[key]) for key in state)
     assert target.use("z").config.num_labels == 2
-    fresh = Heads(backbone.model, seed=9)
-    fresh.load_state_dict(state)
-    assert fresh.names == ("z", "a")
 
 
-def test_head_states_that_do_not_fit_change_nothing(folders: dict[str, Path]) -> None:
-    model = load_backbone(str(folders["distilbert"]), max_length=8, seed=0).model
-    heads = Heads(model, seed=0)
-    heads.add("a", 3)
-    before = {key: tensor.clone() for key, tensor in heads.state_dict().items()}
-    other = {key.replace("a/", "b/", 1): tensor + 1 for key, tensor in before.items()}
-    changed = {key: tensor + 1 for key, tensor in before.items()}
-    cases = {
-        "lacks classifier.weight": other | {"c/score.weight": torch.zeros(2, 16)},
-        "classifier.bias is missing": {k: v for k, v in changed.items() if "r.bias" not in k},
-        r"pre_classifier.bias is \(3,\)": changed | {"a/pre_classifier.bias": torch.zeros(3)},
-        r"classifier.weight is \(4, 16\)": changed | {"a/classifier.weight": torch.zeros(4, 16)},
-        "extra.weight is": changed | {"a/extra.weight": torch.zeros(2)},
-    }
-    for match, state in cases.items():
-        with pytest.raises(BackboneError, match=match) as caught:
-            heads.load_state_dict(state)
-        assert "\n" not in str(caught.value)
-        assert heads.names == ("a",)
-        assert all(torch.equal(heads.state_dict()[key], before[key]) for key in before)
-
-
-def test_heads_refuse_what_cannot_be(folders: dict[str, Path]) -> None:
+def test_heads_refuse_what_cannot_be() -> None:
     made = load_backbone("tiny-gpt2", max_length=8, seed=0)
     heads = Heads(made.model, seed=0)
     heads.add("a", 2)
-    for name, labels, match in (
-        ("a", 2, "'a' has a head already"),
-        ("b", 1, "two labels or more, got 1"),
-        ("b/c", 2, "'b/c'"),
-        ("b.c", 2, "'b.c'"),
-        ("", 2, "''"),
-    ):
-        with pytest.raises(BackboneError, match=match):
-            heads.add(name, labels)
+    with pytest.raises(BackboneError, match="'a' has a head already"):
+        heads.add("a", 2)
     with pytest.raises(BackboneError, match="'b' has no head; those that have: a"):
         heads.use("b")
     assert heads.names == ("a",)

@@ -55,7 +55,7 @@ def _explain(error: Exception, kind: str, name: str, instead: str) -> str:
         return f"{name} is gated: accept its licence on {page} and log in (hf auth login)"
     if answer is not None and answer.response.status_code == 401:
         # The Hub says 401 for an unknown name, too; only its own words tell a bad token.
-        said = answer.server_message or ""
+        said = (answer.server_message or "").partition("\n")[0]
         if "token" in said.lower() or "credentials" in said.lower():
             return f"{name}: the Hub refused your token ({said}): renew it or unset HF_TOKEN"
     if isinstance(answer, RepositoryNotFoundError) or isinstance(error, HFValidationError):

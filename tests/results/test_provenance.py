@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import torch
 
-import bitstack_nb
 from bitstack_nb.results.provenance import git_state, provenance
 
 
@@ -20,10 +19,8 @@ def test_provenance_describes_this_process_and_leaves_the_rng():
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
     assert json.loads(json.dumps(found)) == found
     assert found["packages"]["torch"] == torch.__version__
-    assert found["packages"]["bitstack_nb"] == bitstack_nb.__version__
     assert found["torch_threads"] == torch.get_num_threads()
-    assert found["cpu"] and found["cores"] >= 1
-    assert len(found["gpus"]) == torch.cuda.device_count()
+    assert found["cpu"] and len(found["gpus"]) == torch.cuda.device_count()
     assert shlex.split(found["command"]) == ["python", *sys.orig_argv[1:]]
     assert found["date"].endswith("+00:00")
     assert provenance(command="python -m bitstack_nb run")["command"].endswith("run")

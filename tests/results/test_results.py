@@ -16,29 +16,21 @@ from bitstack_nb.results.packed import ARRAYS, RUNS, pack
 from bitstack_nb.results.result import FORMAT
 
 
-def test_a_saved_result_comes_back_equal(tmp_path):
-    result = run(note="naïve – ünïcode")
+def test_a_saved_result_comes_back_equal_as_strict_json_a_record_a_line(tmp_path):
+    result = run(note="naïve – ünïcode", extra=[math.inf, np.nan], array=np.arange(3))
     path = tmp_path / "new" / "run.json"
     result.save(path)
     assert Result.load(path) == result
     Result.load(path).save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
 
-
-def test_the_file_is_strict_json_a_record_a_line(tmp_path):
-    result = run(extra=[math.inf, np.nan], array=np.arange(3), number=np.float32(0.5))
-    result.save(tmp_path / "run.json")
-    text = (tmp_path / "run.json").read_text()
-
     def refuse(constant):
         raise AssertionError(constant)
 
-    data = json.loads(text, parse_constant=refuse)
-    assert data["format"] == FORMAT
+    data = json.loads(path.read_text(), parse_constant=refuse)
     protocol = data["protocol"]
     assert (protocol["extra"], protocol["array"]) == ([None, None], [0, 1, 2])
-    assert protocol["number"] == 0.5
-    lines = [line.strip().rstrip(",") for line in text.splitlines()]
+    lines = [line.strip().rstrip(",") for line in path.read_text().splitlines()]
     for record in [*data["matrix"], *data["locks"], *data["lock_stats"], *protocol["tasks"]]:
         assert json.dumps(record) in lines
 
@@ -71,26 +63,22 @@ def without(key):
     ("damage", "words"),
     [
         (lambda text: text[: len(text) // 2], "truncated"),
-        (lambda text: b"\xff\xfe\x00", "not JSON"),
         (lambda text: "[1, 2]", "not a result of bitstack_nb"),
         (change(format=FORMAT + 1), f"format {FORMAT + 1}, this version reads {FORMAT}"),
         (without("matrix"), "missing .*matrix"),
         (change(colour="red"), "not known here .*colour"),
-        (change(protocol=[]), "protocol must be a dict"),
         (change(protocol={"seed": 1}), "needs a strategy"),
         (change(protocol={"strategy": "x", "seed": []}), "seed must be a number"),
         (change(protocol={"strategy": "x", "tasks": ["imdb"]}), "dicts with a name.*imdb"),
         (change(metrics={"forgetting": "3 %"}), "metrics.forgetting must be a number"),
         (change(matrix=None), "published"),
         (change(matrix=[[1.0]]), "1 rows.*3 tasks"),
-        (change(matrix=[[1.0, None], [101, 2]]), "101"),
     ],
 )
 def test_a_damaged_file_is_named_with_its_problem(tmp_path, damage, words):
     path = tmp_path / "run.json"
     run().save(path)
-    damaged = damage(path.read_text())
-    path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+    path.write_text(damage(path.read_text()))
     with pytest.raises(ResultError, match=words) as caught:
         Result.load(path)
     assert str(path) in str(caught.value)
@@ -108,7 +96,6 @@ def test_load_results_is_recursive_and_sorted(tmp_path):
     state = tmp_path / "b" / "x.state" / "stage-1" / "numbers.json"
     state.parent.mkdir(parents=True)
     state.write_text("{}")
-    (tmp_path / "notes.txt").write_text("no result")
     seeds = [result.protocol["seed"] for result in load_results(tmp_path)]
     assert seeds == [1, 2, 0]
     again = load_results(tmp_path / "b" / "c" / ".." / "one.json", tmp_path)
@@ -127,44 +114,37 @@ def test_load_results_names_what_is_wrong(tmp_path):
 
 @pytest.fixture
 def packed(tmp_path):
-    """A folder of three packed runs and one that is a file of its own, and all four."""
-    results = [run(seed=0), run(seed=1), run("finetune"), run(seed=2)]
-    for at, result in enumerate(results):
-        result.save(tmp_path / f"{at}.json")
-    files = sorted(tmp_path.glob("*.json"))[:3]
-    pack({file.stem: json.loads(file.read_text()) for file in files}, tmp_path / "a")
-    for file in files:
-        file.unlink()
-    return tmp_path, [results[3], *results[:3]]
+    """Three results, packed in a folder."""
+    results = {"a": run(seed=0), "b": run(seed=1), "c": run("finetune")}
+    for name, result in results.items():
+        result.save(tmp_path / name)
+    pack({name: json.loads((tmp_path / name).read_text()) for name in results}, tmp_path / "packed")
+    return tmp_path / "packed", [*results.values()]
 
 
-def test_packed_runs_are_loaded_beside_others(packed):
+def test_packed_runs_are_loaded_beside_others_and_keep_equal_values_once(packed):
     folder, results = packed
-    assert load_results(folder) == results
-    assert load_results(folder / "a" / RUNS) == results[1:]
-
-
-def test_a_large_value_is_packed_once(packed):
-    lines = [json.loads(line) for line in (packed[0] / "a" / RUNS).open()]
+    assert load_results(folder / RUNS) == results
+    run(seed=2).save(folder.parent / "one.json")
+    assert load_results(folder.parent) == [run(seed=2), *results]
+    lines = [json.loads(line) for line in (folder / RUNS).open()]
     assert [line["protocol"]["tasks"] for line in lines[1:]] == [{"as in line": 1}] * 2
     assert lines[0]["locks"]["eligible"] == lines[1]["locks"]["eligible"]
-    stored = np.load(packed[0] / "a" / ARRAYS)
+    stored = np.load(folder / ARRAYS)
     assert len({stored[name].tobytes() for name in stored}) == len(stored.files)
 
 
-@pytest.mark.parametrize("damage", ["cut lines", "cut arrays", "no arrays", "no array", "other"])
+@pytest.mark.parametrize("damage", ["cut lines", "cut arrays", "no arrays", "other"])
 def test_damaged_packed_runs_are_named(packed, damage):
-    runs, arrays = packed[0] / "a" / RUNS, packed[0] / "a" / ARRAYS
+    runs, arrays = packed[0] / RUNS, packed[0] / ARRAYS
     if damage == "cut lines":
         runs.write_text(runs.read_text()[:-20])
     elif damage == "cut arrays":
         arrays.write_bytes(arrays.read_bytes()[:200])
     elif damage == "no arrays":
         arrays.unlink()
-    elif damage == "no array":
-        np.savez(arrays, other=np.zeros(1))
     else:
-        runs.write_text('{"format": 2}\n')
+        np.savez(arrays, other=np.zeros(1))
     with pytest.raises(ResultError, match=r"runs\.jsonl"):
         load_results(packed[0])
 

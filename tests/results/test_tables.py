@@ -65,23 +65,18 @@ def test_only_settings_that_differ_are_shown():
     found = table([run(seed=seed, learning_rate=rate) for seed, rate in RATES])
     assert list(found["learning_rate"]) == [5e-5, 2e-4] and list(found["seeds"]) == [2, 1]
     assert "model" not in found
-    found = table([run(warmup_steps=1), run()])
-    assert list(found["seeds"]) == [1, 1] and found["warmup_steps"].notna().sum() == 1
     # Absent and null are the same setting.
     assert list(table([run("joint", budget=None), run("joint", seed=1)])["seeds"]) == [2]
+    assert "embedded (synthetic)" in format_table(table([run(data="embedded")]))
 
 
-def test_the_order_of_tasks_belongs_to_the_seed():
-    results = [run(), run(tasks=TASKS[::-1]), run(tasks=(*TASKS[:2], "yelp"))]
+def test_a_seed_and_its_order_of_tasks_count_once():
+    results = [run(), run(), run(tasks=TASKS[::-1]), run(tasks=(*TASKS[:2], "yelp"))]
     found = table(results)
     assert dict(zip(found["tasks"], found["seeds"], strict=True)) == {
         "ag_news, dbpedia, imdb": 2,
         "ag_news, imdb, yelp": 1,
     }
-
-
-def test_one_seed_counts_once():
-    assert list(table([run(), run()])["seeds"]) == [1]
     with pytest.raises(ResultError, match=r"seed 0 .*bitstack.* two different results"):
         table([run(), changed(run(), forgetting=1.0)])
     with pytest.raises(ResultError, match="at least one"):
@@ -98,31 +93,19 @@ def test_published_rows_stay_apart_and_need_no_matrix(tmp_path):
     assert row["forgetting"] == 3.8 and math.isnan(row["average_accuracy"])
 
 
-def test_embedded_data_is_called_synthetic():
-    assert "embedded (synthetic)" in format_table(table([run(data="embedded")]))
-
-
-def test_an_average_is_missing_where_a_seed_lacks_it():
+def test_a_missing_number_is_said_or_its_column_left_out():
     row = table([run(), changed(run(seed=1), forgetting=None)]).iloc[0]
     assert math.isnan(row["forgetting"]) and not math.isnan(row["average_accuracy"])
-
-
-def test_storage_is_shown_where_a_run_has_recorded_it():
     assert "storage_per_task" not in table([run("joint")])
-    stored = run("lora")
-    stored.storage = {"bytes": 6000}
-    found = table([run("joint"), stored]).set_index("strategy")["storage_per_task"]
+    lora = run("lora")
+    lora.storage = {"bytes": 6000}
+    found = table([run("joint"), lora]).set_index("strategy")["storage_per_task"]
     assert found["lora"] == 2 and math.isnan(found["joint"])
-    assert "kB per task" in format_table(table([stored]))
-
-
-def test_time_per_step_is_shown_where_every_configuration_has_counted_its_steps():
-    timed = run("lora")
-    timed.times = {"train": [1.0, 3.0], "step": [0.1, 0.3]}
-    assert table([timed, run("lora", seed=1)])["time_per_step"].item() == pytest.approx(200)  # ms
-    assert "time_per_step" not in table([timed, run()])  # which has none to compare it with
-    timed.times["step"][0] = None
-    assert "time_per_step" not in table([timed])
+    lora.times = {"train": [1.0, 3.0], "step": [0.1, 0.3]}
+    assert table([lora, run("lora", seed=1)])["time_per_step"].item() == pytest.approx(200)  # ms
+    assert "time_per_step" not in table([lora, run()])  # which has none to compare it with
+    lora.times["step"][0] = None
+    assert "time_per_step" not in table([lora])
 
 
 def test_format_table_is_aligned_markdown_of_readable():

@@ -27,7 +27,10 @@ _NO_LAYER = -1  # for None in a column of numbers
 
 
 def pack(records: Mapping[str, dict[str, Any]], folder: Path) -> None:
-    """Write runs, the JSON values of each by its name, into the two files of a folder."""
+    """Write runs, the JSON values of each by its name, into the two files of a folder.
+
+    Raises ValueError where they would not come back equal.
+    """
     arrays: dict[str, np.ndarray] = {}
     first: dict[str, int] = {}
     lines = []
@@ -44,6 +47,8 @@ def pack(records: Mapping[str, dict[str, Any]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / ARRAYS, **arrays)
     (folder / RUNS).write_text("".join(lines), encoding="utf-8")
+    if unpack(folder / RUNS) != [*records.values()]:
+        raise ValueError(f"the runs in {folder} would not come back equal: keep their own files")
 
 
 def unpack(file: Path) -> list[dict[str, Any]]:
@@ -89,7 +94,7 @@ def _unpack_importance(packed: dict[str, Any], arrays: np.lib.npyio.NpzFile) -> 
 
 
 def _pack_table(rows: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> dict[str, str]:
-    """Names of the arrays of the columns; a lock fraction is the quotient of two others."""
+    """Names of the arrays of the columns. A lock fraction is computed from two others."""
     names = [name for name in (rows[0] if rows else ()) if name != "lock_fraction"]
     return {
         name: _store([_NO_LAYER if row[name] is None else row[name] for row in rows], arrays)
@@ -108,7 +113,7 @@ def _unpack_table(columns: dict[str, str], arrays: np.lib.npyio.NpzFile) -> list
 
 
 def _store(values: list[Any], arrays: dict[str, np.ndarray]) -> str:
-    """Keep an array once, under a name made of what it holds."""
+    """Keep an array under a name made of its content, so that equal ones are kept once."""
     array = np.array(values)
     if array.dtype == np.int64:
         array = array.astype(np.result_type(*map(np.min_scalar_type, (array.min(), array.max()))))

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 METRICS = {"average_accuracy": True, "learning_accuracy": True, "forgetting": False}
 # Settings that may have been tuned for each strategy by itself.
 _TUNED = ("warmup_steps", "learning_rate", "head_learning_rate")
-# Exact recall always fits a new head first, joint training never.
-_NO_HEAD_STEPS = ("recall", "joint")
+# Strategies whose protocol leaves ``head_steps`` out where there are none.
+_HEAD_STEPS = (
+    *("finetune", "bitstack", "bitstack-strict", "random-mask", "magnitude-mask"),
+    *("frozen", "ewc", "replay", "lora", "single"),
+)
 OTHER = "_other"
 _DRAW = ["seed", "order"]
 
@@ -64,7 +67,7 @@ def pairs(runs: pd.DataFrame, baseline: str) -> pd.DataFrame:
 def _settings(configuration: str) -> dict[str, Any]:
     """A configuration's settings, also one that it has without naming it."""
     settings = json.loads(configuration)
-    if settings["strategy"] not in _NO_HEAD_STEPS:
+    if settings["strategy"] in _HEAD_STEPS:
         settings.setdefault("head_steps", 0)
     return settings
 

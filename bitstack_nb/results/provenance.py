@@ -1,4 +1,4 @@
-"""Where a result comes from: machine, versions, commit, date and command line; memory taken."""
+"""The origin of a result: machine, versions, commit, date and command line; its peak memory."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ PACKAGES = (
 
 
 def provenance(*, command: str | None = None) -> dict[str, Any]:
-    """Describe this process as a JSON-able dict; what cannot be found out is None.
+    """Describe this process as a JSON-able dict; unknown values are None.
 
-    ``command`` is the command line that repeats the run; by default the one that started this
-    process, quoted as a shell would take it. The date is UTC, ISO 8601. Threads and GPUs are those
-    of torch where it is loaded.
+    ``command`` is the command line that repeats the run, by default the one that started this
+    process. The date is UTC, ISO 8601. Threads and GPUs are asked of torch where it is loaded.
     """
     torch = sys.modules.get("torch")
     gpus = torch.cuda.device_count() if torch else 0
@@ -72,7 +71,7 @@ def peak_memory(before: dict[str, float], device: torch.device) -> dict[str, flo
 
 
 def command_line() -> str:
-    """What a shell takes; not sys.argv, whose first word under ``python -m`` is a file's path."""
+    """The command as a shell takes it; sys.argv begins with a file's path under ``python -m``."""
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
@@ -84,7 +83,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_model() -> str | None:
-    """The processor's name; Linux tells it in /proc only, and not on every architecture."""
+    """The processor's name. Linux has it in /proc only, and not on every architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
@@ -94,9 +93,9 @@ def _cpu_model() -> str | None:
 
 
 def git_state(file: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that tracks ``file``, and whether its folder differs from it.
+    """Commit of the checkout that tracks ``file``, and whether the file's folder differs from it.
 
-    Only that folder is compared: results written next to it do not make the code another one.
+    Other folders are not compared, since results written there do not change the code.
     """
     try:
         # A package installed inside some other repository (a venv in a project) is not tracked.

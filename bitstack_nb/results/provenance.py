@@ -17,6 +17,7 @@ from bitstack_nb.version import __version__
 if TYPE_CHECKING:
     import torch
 
+CODE = Path(__file__).resolve().parents[1] / "version.py"  # a file at the top of the package
 PACKAGES = (
     "torch",
     "transformers",
@@ -47,7 +48,7 @@ def provenance(*, command: str | None = None) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(gpus)],
         # From the code: a clone that was not installed (Colab) has no metadata.
         "packages": {"bitstack_nb": __version__} | {name: _version(name) for name in PACKAGES},
-        "git": git_state(Path(__file__).resolve()),
+        "git": git_state(CODE),
     }
 
 

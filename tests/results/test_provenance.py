@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import torch
 
-from bitstack_nb.results.provenance import git_state, provenance
+from bitstack_nb.results.provenance import CODE, git_state, provenance
 
 
 def test_provenance_describes_this_process_and_leaves_the_rng():
@@ -23,6 +23,7 @@ def test_provenance_describes_this_process_and_leaves_the_rng():
     assert found["cpu"] and len(found["gpus"]) == torch.cuda.device_count()
     assert shlex.split(found["command"]) == ["python", *sys.orig_argv[1:]]
     assert found["date"].endswith("+00:00")
+    assert (CODE.parent / "results").is_dir()  # so that a change in any room is seen
     assert provenance(command="python -m bitstack_nb run")["command"].endswith("run")
 
 

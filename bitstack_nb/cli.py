@@ -167,7 +167,7 @@ def protocols(options: argparse.Namespace) -> list[Protocol]:
         base = replace(PRESETS[options.preset], **shared)
         base = base.shuffled() if options.shuffle_tasks else base
         for strategy in strategies:
-            settings = all_strategies()[strategy].settings if strategy in all_strategies() else ()
+            settings = getattr(all_strategies().get(strategy), "settings", ())
             own = _combinations({name: v for name, v in given.items() if name in settings})
             found += [base.with_strategy(strategy, **values) for values in own]
     return found
@@ -190,12 +190,8 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the command line; ``command`` is the function to call with the options."""
     program = _Parser(prog="python -m bitstack_nb", description="BitStack's benchmark.")
     commands = program.add_subparsers(required=True, metavar="COMMAND")
-    _add_runs(
-        commands,
-        "run",
-        "train on the tasks in sequence and compare strategies (the main job)",
-        strategy=["finetune", "bitstack"],
-    )
+    text = "train on the tasks in sequence and compare strategies (the main job)"
+    _add_runs(commands, "run", text)
     _add_runs(
         commands,
         "ablation",
@@ -207,7 +203,6 @@ def parser() -> argparse.ArgumentParser:
         commands,
         "stronger",
         "IMDB, then AG News as two classes, on a stronger backbone",
-        strategy=["finetune", "bitstack"],
         preset="quick",
         model=["distilbert-base-uncased"],
         tasks=[(find_task("imdb"), AG_NEWS_BINARY)],
@@ -263,18 +258,13 @@ def _add_runs(
             metavar="X,X",
             help=text or item.metadata["help"],
         )
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**{"strategy": ["finetune", "bitstack"], **defaults})
     return parser
 
 
 def _add_sweep(commands: argparse._SubParsersAction) -> None:
-    parser = _add_runs(
-        commands,
-        "sweep",
-        "run, with many runs at once, on this machine or on a cluster",
-        _sweep,
-        strategy=["finetune", "bitstack"],
-    )
+    text = "run, with many runs at once, on this machine or on a cluster"
+    parser = _add_runs(commands, "sweep", text, _sweep)
     where = "loky: this machine; dask: the cluster of DASK_SCHEDULER_ADDRESS; ray: of RAY_ADDRESS"
     parser.add_argument("--backend", default="loky", metavar="NAME", help=where)
     many = "runs at once; not for dask; if not given as many as cores, on a GPU one"

@@ -267,7 +267,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     parser = _add_runs(commands, "sweep", text, _sweep)
     where = "loky: this machine; dask: the cluster of DASK_SCHEDULER_ADDRESS; ray: of RAY_ADDRESS"
     parser.add_argument("--backend", default="loky", metavar="NAME", help=where)
-    many = "runs at once; not for dask; if not given as many as cores, on a GPU one"
+    many = "runs at once with loky; if not given as many as cores, on a GPU one"
     parser.add_argument("--jobs", type=int, metavar="N", help=many)
 
 

@@ -8,8 +8,6 @@ from numbers import Real
 BUDGETS = ("union", "fresh")
 IMPORTANCES = ("gradient", "gradient-weight", "fisher")
 RANDOM = "random"  # importance of exact recall only: protecting random weights is a control
-# Strategies to which importance says how many weights to lock, not which.
-CONTROLS = ("random-mask", "magnitude-mask")
 
 
 def check_settings(

@@ -24,3 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def pytest_collection_finish() -> None:
     """Every Trainer collects garbage; this keeps it from going through all that was imported."""
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()

@@ -1,11 +1,8 @@
-"""What any sparsity would lock: lock fractions per layer and module as curves over sparsity.
+"""Lock fractions per layer and module as curves over sparsity, from one run at one sparsity.
 
-A stack locks at one sparsity, but the importance it measured says what every other would have
-chosen. ``CurveRecorder`` listens to ``BitStack.update`` and keeps two bytes per entry and task: the
-first level of ``SPARSITIES`` at which the task chooses the entry, and at which it is locked after
-the task where every task locks new ones. ``LockCurves`` is what is left of that,
-counted per layer and module: small enough to lie with a run's result, exact at every level before
-it is rounded to 0.1 points for the record.
+A stack locks at one sparsity, but the importance that it measures also decides what it would lock
+at any other. ``CurveRecorder`` receives each task's importance and keeps two bytes per weight and
+task. ``LockCurves`` is the summary, counted per layer and module, that is kept with the result.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
     import pandas
 
 SPARSITIES = tuple(percent / 100 for percent in range(51))
-_NEVER = 255  # no level chooses the entry
+_NEVER = 255  # at no level
 _BLOCK = 4096
 
 
@@ -32,12 +29,12 @@ class LockCurves:
     """Lock fractions of T tasks in C cells (a module of a layer) at L sparsities.
 
     Attributes:
-        sparsities: [L], ascending shares of the eligible entries.
-        cells: [C] of layer (None outside the blocks), module, eligible entries.
+        sparsities: [L], ascending shares of the eligible weights.
+        cells: [C] of layer (None outside the blocks), module, eligible weights.
         selected: float64 [T, C, L], the share of a cell that the task alone would choose.
         locked: budget -> float64 [T, C, L], the share of a cell locked after the task, had all
             tasks been locked at that sparsity and with that budget.
-        shared: float64 [T, T, L], the share of all eligible entries that both tasks would choose.
+        shared: float64 [T, T, L], the share of all eligible weights that both tasks would choose.
     """
 
     sparsities: tuple[float, ...]
@@ -57,10 +54,10 @@ class LockCurves:
         return index
 
     def counts(self, sparsity: float, budget: str) -> dict[str, np.ndarray]:
-        """Entries ``selected``, ``added`` and ``locked``: int64 [T, C], as in the layer table."""
+        """Weights ``selected``, ``added`` and ``locked``: int64 [T, C], as in the layer table."""
         level = self.level(sparsity)
         locked = self.locked[budget][:, :, level]
-        # Masks only grow, so what the first task added is what was locked after it.
+        # The first task added what is locked after it, but for what was locked at sparsity 0.
         added = np.diff(locked, axis=0, prepend=self.locked[budget][:1, :, 0])
         selected = self.selected[:, :, level] if budget == "union" else added
         eligible = np.array([cell[2] for cell in self.cells])
@@ -68,20 +65,18 @@ class LockCurves:
         return {name: np.rint(share * eligible).astype(int) for name, share in shares.items()}
 
     def layer_table(self, sparsity: float, budget: str) -> pandas.DataFrame:
-        """The table that ``BitStack.layer_table`` would give at that sparsity and budget.
-
-        Columns as there. The counts are whole, and as exact as the curves.
-        """
+        """The table that ``BitStack.layer_table`` would give at that sparsity and budget."""
         import pandas
 
         counts = self.counts(sparsity, budget)
         tasks, cells = counts["locked"].shape
+        layers, modules, eligible = zip(*self.cells, strict=True)
         frame = pandas.DataFrame(
             {
-                "layer": pandas.array([cell[0] for cell in self.cells] * tasks, dtype="Int64"),
-                "module": [cell[1] for cell in self.cells] * tasks,
+                "layer": pandas.array(layers * tasks, dtype="Int64"),
+                "module": modules * tasks,
                 "task": np.repeat(np.arange(1, tasks + 1), cells),
-                "eligible": np.tile([cell[2] for cell in self.cells], tasks),
+                "eligible": np.tile(eligible, tasks),
             }
             | {name: count.ravel() for name, count in counts.items()}
         )
@@ -89,7 +84,7 @@ class LockCurves:
         return frame.assign(lock_fraction=fraction.ravel())
 
     def overlap(self, sparsity: float) -> np.ndarray:
-        """Float64 [T, T]: shared over united entries of two tasks' choices (Jaccard), 0 to 1."""
+        """Float64 [T, T]: shared over united weights of two tasks' choices (Jaccard), 0 to 1."""
         shared = self.shared[:, :, self.level(sparsity)]
         own = np.diagonal(shared)
         united = own[:, None] + own[None, :] - shared
@@ -98,7 +93,7 @@ class LockCurves:
     def to_record(self) -> dict[str, Any]:
         """JSON-able; shares in thousandths, so off by at most 0.05 points (``shared`` exactly).
 
-        A curve is text, the steps from level to level: it rises, and steps are short to write.
+        A curve is written as text, its steps from level to level.
         """
         rows = [
             {"layer": layer, "module": module, "eligible": eligible, "task": task + 1}
@@ -117,16 +112,9 @@ class LockCurves:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> LockCurves:
-        """The counterpart of :meth:`to_record`.
-
-        Raises:
-            ValueError: the record is empty (the run recorded no importance) or not whole.
-        """
+        """The counterpart of :meth:`to_record`; a ValueError if the record is empty or damaged."""
         if not record:
-            raise ValueError(
-                "this result has no recorded importance: it is of a strategy that locks nothing, "
-                "or of an older version; run it again"
-            )
+            raise ValueError("this result has no recorded importance: give a run of bitstack")
         try:
             rows = record["cells"]
             tasks = max(row["task"] for row in rows)
@@ -143,31 +131,27 @@ class LockCurves:
                 shared[first, second] = shared[second, first] = np.array(pair["entries"]) / total
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ValueError(f"recorded importance is damaged ({error!r}): run it again") from error
-        return cls(
-            tuple(record["sparsities"]),
-            tuple(cells[: shape[1]]),
-            curves.pop("selected"),
-            curves,
-            shared,
-        )
+        own = tuple(cells[: shape[1]])
+        return cls(tuple(record["sparsities"]), own, curves.pop("selected"), curves, shared)
 
 
 class CurveRecorder:
-    """Listens to updates (``stack.update(loader, observe=recorder.add)``) and gives their curves.
+    """Collects the curves of updates: ``stack.update(loader, observe=recorder.add)``.
+
+    Kept per eligible weight and task, in main memory: the first level of ``SPARSITIES`` at which
+    the task alone chooses the weight, and the first at which it is locked after the task with
+    budget ``fresh``, one byte each.
 
     Args:
-        masks: ``stack.masks``; what is locked when recording begins counts as locked at every
-            sparsity.
-
-    Two bytes per eligible entry and task, in main memory.
+        masks: ``stack.masks``; weights that are locked already count as locked at every sparsity.
     """
 
     def __init__(self, masks: Mapping[str, torch.Tensor]) -> None:
         self._sizes = {name: mask.numel() for name, mask in masks.items()}
         locked = torch.cat([mask.flatten().cpu() for mask in masks.values()])
         self._before = torch.where(locked, 0, _NEVER).to(torch.uint8)
-        self._fresh: list[torch.Tensor] = []
         self._chosen: list[torch.Tensor] = []
+        self._fresh: list[torch.Tensor] = []
 
     @torch.no_grad()
     def add(self, scores: Mapping[str, torch.Tensor]) -> None:
@@ -175,10 +159,9 @@ class CurveRecorder:
         flat = torch.cat([scores[name].flatten() for name in self._sizes])
         order = flat.argsort(descending=True)
         taken = (self._fresh or [self._before])[-1]
-        chosen = _first_levels(flat, order, None)
-        fresh = _first_levels(flat, order, taken.to(flat.device))
-        self._chosen.append(chosen.cpu())
-        self._fresh.append(torch.minimum(fresh.cpu(), taken))
+        self._chosen.append(_first_levels(flat, order, None).cpu())
+        fresh = _first_levels(flat, order, taken.to(flat.device)).cpu()
+        self._fresh.append(torch.minimum(fresh, taken))
 
     def curves(self) -> LockCurves:
         """The curves of the tasks so far."""
@@ -186,18 +169,20 @@ class CurveRecorder:
         for name, size in self._sizes.items():
             cells[place(name)] = cells.get(place(name), 0) + size
         sizes = np.array(list(cells.values()))[:, None]
-        union, locked = self._before, {"union": [], "fresh": []}
-        for chosen, fresh in zip(self._chosen, self._fresh, strict=True):
-            union = torch.minimum(union, chosen)
-            locked["union"].append(self._count(union, list(cells)) / sizes)
-            locked["fresh"].append(self._count(fresh, list(cells)) / sizes)
-        selected = [self._count(chosen, list(cells)) / sizes for chosen in self._chosen]
-        shape = (len(selected), len(cells), len(SPARSITIES))
+
+        def fractions(levels: list[torch.Tensor]) -> np.ndarray:
+            counts = [self._count(own, list(cells)) / sizes for own in levels]
+            return np.array(counts).reshape(len(levels), len(cells), len(SPARSITIES))
+
+        united, union = self._before, []
+        for chosen in self._chosen:
+            united = torch.minimum(united, chosen)
+            union.append(united)
         return LockCurves(
             SPARSITIES,
             tuple((*cell, size) for cell, size in cells.items()),
-            np.array(selected).reshape(shape),
-            {budget: np.array(shares).reshape(shape) for budget, shares in locked.items()},
+            fractions(self._chosen),
+            {"union": fractions(union), "fresh": fractions(self._fresh)},
             self._shared(),
         )
 
@@ -212,13 +197,13 @@ class CurveRecorder:
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on where the state was taken."""
+        tasks = range((len(state) - 1) // 2)
         self._before = state["before"]
-        tasks = (len(state) - 1) // 2
-        self._chosen = [state[f"chosen.{task}"] for task in range(tasks)]
-        self._fresh = [state[f"fresh.{task}"] for task in range(tasks)]
+        self._chosen = [state[f"chosen.{task}"] for task in tasks]
+        self._fresh = [state[f"fresh.{task}"] for task in tasks]
 
     def _count(self, levels: torch.Tensor, cells: list[tuple[int | None, str]]) -> np.ndarray:
-        """Entries at or below each level by cell: int64 [C, L]."""
+        """Weights at or below each level by cell: int64 [C, L]."""
         counts = np.zeros((len(cells), len(SPARSITIES)), dtype=np.int64)
         parts = levels.split(list(self._sizes.values()))
         for name, part in zip(self._sizes, parts, strict=True):
@@ -238,29 +223,29 @@ class CurveRecorder:
 def _first_levels(
     scores: torch.Tensor, order: torch.Tensor, taken: torch.Tensor | None
 ) -> torch.Tensor:
-    """The first level at which each entry is among the top of the entries not taken by then.
+    """The first level at which each weight is among the top of those that are free at that level.
+
+    Thresholds fall from level to level, because with more sparsity more weights are chosen of
+    fewer free ones; so a search finds the first level.
 
     Args:
         scores: float32 [n], non-negative; zero is never chosen.
-        order: int64 [n], the entries by falling score.
-        taken: uint8 [n], the first level at which an entry is no longer there to choose; None if
-            all are there at every level.
+        order: int64 [n], the weights by falling score.
+        taken: uint8 [n], the first level at which a weight is no longer free; None if all are.
 
     Returns:
-        uint8 [n], ``_NEVER`` where no level chooses the entry; only its minimum with ``taken`` is
-        meant where an entry is taken before. (More sparsity leaves fewer entries and takes more of
-        them, so the thresholds fall from level to level and one search finds the first.)
+        uint8 [n], ``_NEVER`` where no level chooses the weight; to be read as its minimum with
+        ``taken``.
     """
     ordered = None if taken is None else taken[order]
     thresholds = []
     for level, sparsity in enumerate(SPARSITIES):
         k = round(sparsity * len(scores))
+        position = k - 1 if ordered is None else _position(ordered > level, k)
         if k == 0:
             thresholds.append(float("inf"))
-            continue
-        position = k - 1 if ordered is None else _position(ordered > level, k)
-        # Where fewer than k are left, all of them.
-        thresholds.append(0.0 if position is None else float(scores[order[position]]))
+        else:  # where fewer than k are free, all of them
+            thresholds.append(0.0 if position is None else float(scores[order[position]]))
     ascending = scores.new_tensor(thresholds[::-1])
     above = len(thresholds) - torch.bucketize(scores, ascending, right=True)
     never = (above == len(thresholds)) | (scores == 0)
@@ -268,20 +253,20 @@ def _first_levels(
 
 
 def _position(flags: torch.Tensor, k: int) -> int | None:
-    """Where the k-th True of a bool [n] is, counting k from 1; None if there are fewer."""
+    """The index of the k-th True of a bool [n], counting k from 1; None if there are fewer."""
     blocks = flags.split(_BLOCK)
     whole = flags[: len(flags) // _BLOCK * _BLOCK].view(torch.uint8).view(-1, _BLOCK)
     whole = whole.sum(1, dtype=torch.int32)  # four times as fast as summing bool
     before = torch.cat([whole.new_zeros(1), whole.cumsum(0)])
     block = int((before < k).sum()) - 1
-    if block >= len(blocks):
+    if not 0 <= block < len(blocks):
         return None
     inside = blocks[block].cumsum(0) == k - before[block]
     return block * _BLOCK + int(inside.int().argmax()) if inside.any() else None
 
 
 def _cumulative(levels: torch.Tensor) -> np.ndarray:
-    """Entries at or below each level: int64 [L]."""
+    """Weights at or below each level: int64 [L]."""
     counts = torch.bincount(levels, minlength=_NEVER + 1)
     return counts[: len(SPARSITIES)].cumsum(0).numpy()
 

@@ -1,7 +1,7 @@
 """Where forgetting lives: one group of weights at a time is put back to where task 1 left it.
 
-What returns of the first task's accuracy says how much of what was forgotten that group's drift
-explains by itself. Groups interact, so their shares need not add up to the whole.
+The accuracy of task 1 that returns is what this group's drift explains by itself. Groups interact,
+so their shares need not add up to the whole.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from torch import nn
 
 from bitstack_nb.eligible import head_parameters
 
-# Kinds of parameters, each of which is of one; then what they are to a stack that has locked.
+# Every parameter is of one kind. A stack that has locked divides the same weights by state.
 KINDS = ("embeddings", "norms", "biases", "attention", "MLP", "other")
 STATES = ("locked", "free", "not eligible")
+
+Weights = Mapping[str, torch.Tensor | None]  # parameter name -> bool mask, or None for all of it
 
 
 def backbone(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -27,7 +29,7 @@ def backbone(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def copied(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The backbone as it is now, on the CPU."""
+    """A copy of the backbone on the CPU."""
     return {
         name: p.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, p in backbone(model).items()
@@ -37,9 +39,9 @@ def copied(model: nn.Module) -> dict[str, torch.Tensor]:
 def kinds(model: nn.Module) -> dict[str, str]:
     """One of ``KINDS`` for each parameter of the backbone, by name.
 
-    Norms with their biases; then embeddings; then what has one dimension (biases). Matrices of
-    the blocks are attention if an attention module holds them, else MLP; others (such as BERT's
-    pooler) are ``other``.
+    Norms with their biases; embeddings; of the rest, all of one dimension are biases. Matrices of
+    the blocks are attention if an attention module holds them, else MLP; others, such as BERT's
+    pooler, are ``other``.
     """
     held = {
         f"{path}.{own}": module
@@ -62,60 +64,51 @@ def _kind(name: str, module: nn.Module, parameter: nn.Parameter) -> str:
     return "attention" if any("attn" in part or "attention" in part for part in parts) else "MLP"
 
 
-def groups(
-    model: nn.Module, masks: Mapping[str, torch.Tensor]
-) -> dict[str, dict[str, torch.Tensor | None]]:
-    """Which entries of which parameters make up each group that has any.
+def groups(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, Weights]:
+    """The weights of each kind and state that has any.
 
     Args:
         model: its backbone is divided.
-        masks: a stack's, by parameter name; none where nothing can be locked.
-
-    Returns:
-        Group -> parameter name -> bool mask of its entries, or None for all of them.
+        masks: a stack's, by parameter name; empty if nothing can be locked.
     """
     by_kind = kinds(model)
-    found: dict[str, dict[str, torch.Tensor | None]] = {
+    found: dict[str, Weights] = {
         kind: {name: None for name, own in by_kind.items() if own == kind} for kind in KINDS
     }
     if masks:
         found["locked"] = {name: masks[name] for name in masks}
         found["free"] = {name: ~masks[name] for name in masks}
         found["not eligible"] = {name: None for name in by_kind if name not in masks}
-    return {group: entries for group, entries in found.items() if entries}
+    return {group: weights for group, weights in found.items() if weights}
 
 
 @contextmanager
+@torch.no_grad()
 def put_back(
-    model: nn.Module,
-    former: Mapping[str, torch.Tensor],
-    entries: Mapping[str, torch.Tensor | None],
+    model: nn.Module, former: Mapping[str, torch.Tensor], weights: Weights
 ) -> Iterator[int]:
-    """Give these entries their former values; the present ones come back after the block.
+    """Give these weights their former values; the present ones come back after the block.
 
     Args:
         model: changed in place.
         former: values by parameter name, of the parameters' shapes.
-        entries: parameter name -> bool mask, or None for the whole parameter.
+        weights: those to put back.
 
     Yields:
-        How many entries that are.
+        How many weights that are.
     """
     parameters = dict(model.named_parameters())
-    present = {name: parameters[name].detach().clone() for name in entries}
-    with torch.no_grad():
-        for name, mask in entries.items():
-            old = former[name].to(parameters[name].device)
-            parameters[name].copy_(old if mask is None else old.where(mask, parameters[name]))
+    present = {name: parameters[name].clone() for name in weights}
+    count = 0
+    for name, mask in weights.items():
+        old = former[name].to(parameters[name].device)
+        parameters[name].copy_(old if mask is None else old.where(mask, parameters[name]))
+        count += old.numel() if mask is None else int(mask.sum())
     try:
-        yield sum(
-            present[name].numel() if mask is None else int(mask.sum())
-            for name, mask in entries.items()
-        )
+        yield count
     finally:
-        with torch.no_grad():
-            for name, values in present.items():
-                parameters[name].copy_(values)
+        for name, values in present.items():
+            parameters[name].copy_(values)
 
 
 def attribute(
@@ -126,11 +119,11 @@ def attribute(
 ) -> dict[str, dict[str, Any]]:
     """The first task's accuracy with each group put back: group -> ``accuracy`` (%), ``entries``.
 
-    ``evaluate`` measures it on the model as it is; the other arguments as in :func:`groups` and
-    :func:`put_back`.
+    ``evaluate`` measures it on the model as it is; the other arguments are those of
+    :func:`groups` and :func:`put_back`.
     """
     found = {}
-    for group, entries in groups(model, masks).items():
-        with put_back(model, former, entries) as count:
+    for group, weights in groups(model, masks).items():
+        with put_back(model, former, weights) as count:
             found[group] = {"accuracy": evaluate(), "entries": count}
     return found

@@ -1,4 +1,4 @@
-"""What the strategies that lock weights have in common. Not a strategy itself."""
+"""Base classes of the strategies that lock weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Locking(Strategy):
 
     @classmethod
     def check(cls, protocol: Protocol) -> None:
-        """Raise a ValueError for what a stack cannot be asked for."""
+        """Raise a ValueError for settings that a stack refuses."""
         importance = protocol.importance or "gradient"
         check_settings(protocol.sparsity, budget=protocol.budget, importance=importance)
 

@@ -1,4 +1,4 @@
-"""What one run does, in full: a frozen record whose hash names the run's result.
+"""The settings of one run, in full: a frozen record, and a name made of their hash.
 
 Importing this module loads neither torch nor transformers; making a protocol loads the strategies.
 """
@@ -29,8 +29,8 @@ def _setting(default: Any, text: str, **checks: Any) -> Any:
 class Protocol:
     """One run: a strategy on a sequence of tasks. The defaults are the preset ``smoke``.
 
-    Every field says in its metadata what it is. A strategy names those that mean something to it;
-    the others of that kind become None and are left out of the record.
+    The metadata of a field say what it is and may be. A strategy names the settings that it uses;
+    settings that only other strategies use become None and are left out of the record.
     """
 
     strategy: str = _setting("finetune", "way to train, a file in benchmark/strategies")

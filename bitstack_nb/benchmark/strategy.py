@@ -1,4 +1,4 @@
-"""What a strategy is: its name and settings, and the hooks by which it departs from fine-tuning.
+"""The base class of strategies: plain fine-tuning, with hooks to do otherwise.
 
 A new one is a new file in ``strategies/`` with a class that sets ``name``, ``label``, ``order`` and
 ``colour`` and overrides the hooks that it needs.
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Strategy:
-    """A way to train one backbone on a sequence of tasks. As it stands: plain fine-tuning.
+    """A way to train one backbone on a sequence of tasks. Without overrides it is fine-tuning.
 
     Attributes:
         name: in protocols, results and file names.
         label: in tables and figures.
         order: place in tables and figures, ascending.
         colour: in figures, as matplotlib takes it.
-        settings: the protocol's fields that mean something to this strategy and not to every other.
+        settings: the protocol's fields that this strategy uses, and not every other one does.
         drifts: whether later stages change the backbone that earlier tasks are predicted with.
     """
 
@@ -54,7 +54,7 @@ class Strategy:
 
     @staticmethod
     def rows(stage: list[int], data: Sequence[Dataset], protocol: Protocol) -> dict[int, Dataset]:
-        """What a stage trains on, by task, out of every task's training rows."""
+        """The rows that a stage trains on, by task, out of every task's training rows."""
         return {task: data[task] for task in stage}
 
     def callbacks(self) -> list[TrainerCallback]:
@@ -87,7 +87,7 @@ class Strategy:
         return []
 
     def importance_record(self) -> dict[str, Any]:
-        """What other sparsities would have locked, for strategies that lock by importance."""
+        """Record of ``LockCurves``, for strategies that lock by importance."""
         return {}
 
     def storage(self, data: Sequence[Dataset]) -> int:

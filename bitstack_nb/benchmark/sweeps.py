@@ -1,19 +1,18 @@
-"""Many runs at once, on this machine or on a cluster, by joblib."""
+"""Many runs at once: on this machine by joblib, on a cluster by Dask or Ray."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
-from joblib import Parallel, cpu_count, delayed, parallel_config
+from joblib import Parallel, cpu_count, delayed
 from tqdm.auto import tqdm
 
 from bitstack_nb.benchmark.protocol import Protocol
@@ -23,7 +22,7 @@ from bitstack_nb.results.provenance import command_line
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {"loky": "joblib", "dask": "distributed", "ray": "ray"}  # what each backend needs
+Ended = Iterator[tuple[str, str | None]]  # the names of runs as they end; a reason if one failed
 
 
 def sweep(
@@ -43,8 +42,8 @@ def sweep(
         device: as for ``run``.
         backend: ``loky`` is this machine; ``dask`` is the cluster that DASK_SCHEDULER_ADDRESS
             names, ``ray`` that of RAY_ADDRESS.
-        jobs: runs at once; if not given as many as cores, on a GPU one. They share this machine's
-            cores between them. ``dask`` has as many as it has workers.
+        jobs: runs at once on this machine, which share its cores between them; if not given as
+            many as cores, on a GPU one.
         progress: show one bar over the runs; with ``ray`` it moves at the end only.
 
     Returns:
@@ -54,49 +53,26 @@ def sweep(
         ValueError: the backend is not installed, or does not fit the other arguments.
         OSError: there is no cluster.
     """
-    if jobs is not None and (jobs < 1 or backend == "dask"):
-        expected = "none: dask's workers say how many" if backend == "dask" else "at least 1"
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(_BACKENDS)}")
+    if jobs is not None and (jobs < 1 or backend != "loky"):
+        expected = "at least 1" if backend == "loky" else f"none: {backend}'s workers say how many"
         raise ValueError(f"jobs is {jobs}, expected {expected}")
     folder = Path(output).absolute()
     files = {protocol.name: folder / f"{protocol.name}.json" for protocol in protocols}
     left = {p.name: p for p in protocols if not files[p.name].exists()}
-    if backend == "loky":
-        several = cpu_count() if find_device(device).type == "cpu" else 1
-        jobs = min(jobs or several, len(left) or 1)  # no more, so that these share all cores
+    several = jobs or (cpu_count() if find_device(device).type == "cpu" else 1)
     how = {"output": folder, "device": device, "command": command_line()}
     failed = {}
-    with (
-        tqdm(total=len(files), unit="run", disable=not progress) as bar,
-        _cluster(backend) as found,
-    ):
+    with tqdm(total=len(files), unit="run", disable=not progress) as bar:
         bar.update(len(files) - len(left))
-        with parallel_config(backend=found, n_jobs=jobs or -1):
-            for name, reason in _carried_out(left, how, as_list=backend == "ray"):
-                bar.update()
-                if not reason and not files[name].exists():
-                    reason = f"{files[name]} is not here: the workers have to share this folder"
-                if reason:
-                    failed[name] = reason
+        for name, reason in _BACKENDS[backend](left, how, several):
+            bar.update()
+            if not reason and not files[name].exists():
+                reason = f"{files[name]} is not here: the workers have to share this folder"
+            if reason:
+                failed[name] = reason
     return failed
-
-
-def _carried_out(
-    left: dict[str, Protocol], how: dict[str, Any], *, as_list: bool
-) -> Iterator[tuple[str, str | None]]:
-    """The name of each run as it ends, and the reason if it has failed."""
-    kind = "list" if as_list else "generator_unordered"
-    left, before = dict(left), None
-    while left and len(left) != before:  # loky ends all workers when one is killed
-        before, runs = len(left), [delayed(_run)(protocol, how) for protocol in left.values()]
-        try:
-            # All at once, because a cluster may grow while it works.
-            for name, reason in Parallel(batch_size=1, pre_dispatch="all", return_as=kind)(runs):
-                del left[name]
-                yield name, reason
-        except BrokenProcessPool:
-            logger.warning("a worker was killed, with %d runs left", len(left))
-    for name in left:
-        yield name, "a worker was killed; if for memory, try fewer at once"
 
 
 def _run(protocol: Protocol, how: dict[str, Any]) -> tuple[str, str | None]:
@@ -109,51 +85,51 @@ def _run(protocol: Protocol, how: dict[str, Any]) -> tuple[str, str | None]:
     return protocol.name, None
 
 
-@contextmanager
-def _cluster(backend: str) -> Iterator[Any]:
-    """What joblib takes for the backend, connected with its cluster."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
-    try:
-        module = import_module(BACKENDS[backend])
-    except ImportError as error:
+def _loky(protocols: dict[str, Protocol], how: dict[str, Any], jobs: int) -> Ended:
+    """Processes of this machine. When one is killed, loky ends all, and they are started again."""
+    left, before = dict(protocols), None
+    while left and len(left) != before:
+        before, runs = len(left), [delayed(_run)(protocol, how) for protocol in left.values()]
+        try:
+            # No more at once than there are runs, so that these share all cores.
+            parallel = Parallel(min(jobs, len(left)), "loky", "generator_unordered", batch_size=1)
+            for name, reason in parallel(runs):
+                del left[name]
+                yield name, reason
+        except BrokenProcessPool:
+            logger.warning("a worker was killed, with %d runs left", len(left))
+    for name in left:
+        yield name, "a worker was killed; if for memory, try fewer at once"
+
+
+def _dask(protocols: dict[str, Protocol], how: dict[str, Any], _: int) -> Ended:
+    distributed = _installed("distributed")
+    if not (address := os.environ.get("DASK_SCHEDULER_ADDRESS")):
         raise ValueError(
-            f"the backend {backend} is not installed: pip install {BACKENDS[backend]}"
-        ) from error
-    if backend == "dask":
-        if not (address := os.environ.get("DASK_SCHEDULER_ADDRESS")):
-            raise ValueError(
-                "which Dask cluster? Set DASK_SCHEDULER_ADDRESS to its scheduler's address, such "
-                "as tcp://10.0.0.1:8786 (started with: dask scheduler; dask worker ADDRESS)"
-            )
-        with module.Client(address) as client:
-            if max(client.nthreads().values(), default=1) > 1:
-                raise ValueError("a run needs a process: start workers with --nthreads 1")
-            yield _dask(client)
-    else:
-        if backend == "ray":
-            import_module("ray.util.joblib").register_ray()
-        yield backend
+            "which Dask cluster? Set DASK_SCHEDULER_ADDRESS to its scheduler's address, such as "
+            "tcp://10.0.0.1:8786 (started with: dask scheduler; dask worker --nthreads 1 ADDRESS)"
+        )
+    with distributed.Client(address) as client:
+        if max(client.nthreads().values(), default=1) > 1:
+            raise ValueError("a run needs a process: start the workers with --nthreads 1")
+        names = {client.submit(_run, p, how, pure=False): name for name, p in protocols.items()}
+        for ended in distributed.as_completed(names):
+            error = ended.exception()  # Dask has given it up, as after killed workers
+            yield (names[ended], type(error).__name__) if error else ended.result()
 
 
-def _dask(client: Any) -> Any:
-    """joblib's backend, which by itself waits for ever for a task that Dask has given up."""
-    from joblib._dask import DaskDistributedBackend  # loads Dask
+def _ray(protocols: dict[str, Protocol], how: dict[str, Any], _: int) -> Ended:
+    _installed("ray")
+    import_module("ray.util.joblib").register_ray()
+    runs = [delayed(_run)(protocol, how) for protocol in protocols.values()]
+    yield from Parallel(-1, "ray", batch_size=1, pre_dispatch="all")(runs)
 
-    class Backend(DaskDistributedBackend):
-        def submit(self, func: Any, callback: Any) -> Future:
-            ((_, (protocol, _), _),) = func.items
 
-            def end(future: Future) -> None:
-                if error := future.exception():
-                    why = f"{type(error).__name__}: Dask has given it up after killed workers"
-                    callback([(protocol.name, why)])
+def _installed(package: str) -> ModuleType:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ValueError(f"this backend is not installed: pip install {package}") from error
 
-            future = super().submit(func, callback)
-            future.add_done_callback(end)
-            return future
 
-        def effective_n_jobs(self, n_jobs: int) -> int:
-            return max(2, super().effective_n_jobs(n_jobs))  # with 1, joblib would do it all here
-
-    return Backend(client=client)
+_BACKENDS = {"loky": _loky, "dask": _dask, "ray": _ray}

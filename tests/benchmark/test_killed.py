@@ -22,7 +22,7 @@ from bitstack_nb.benchmark.sequence import TaskSequence
 SMALL = Protocol(
     tasks=("imdb", "ag_news"), train_size=16, test_size=12, max_length=12, epochs=1, batch_size=8
 )
-# What a life can die in, and how often it does, once in each part of all moments.
+# The phases that a life can die in, and how often it does, once in each part of all moments.
 PHASES = {
     "training": (TaskSequence.train_stage, 1),
     "locking": (TaskSequence.lock, 1),

@@ -36,7 +36,7 @@ class Recall(Strategy):
 
     @classmethod
     def check(cls, protocol: Protocol) -> None:
-        """Raise a ValueError for what exact recall cannot be asked for."""
+        """Raise a ValueError for settings that exact recall refuses."""
         importance, known = protocol.importance or "gradient", (*IMPORTANCES, RANDOM)
         check_settings(protocol.sparsity, importance=importance, importances=known)
         count = len(protocol.tasks)

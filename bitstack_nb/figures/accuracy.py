@@ -6,8 +6,7 @@ Means over seeds come with 95 % Student intervals (``results.metrics.mean_interv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -22,35 +21,16 @@ from bitstack_nb.figures.methods import (
     labels,
     method,
     shared_task_names,
-    task_names,
     titled,
 )
-from bitstack_nb.figures.style import (
-    GREY,
-    Figure,
-    colour_bar,
-    heatmap,
-    note,
-    panels,
-    styled,
-)
+from bitstack_nb.figures.style import GREY, Figure, colour_bar, heatmap, note, panels, styled
+from bitstack_nb.results import frame, task_frame
+from bitstack_nb.results.frames import COLUMNS, averages
 from bitstack_nb.results.metrics import accuracy_matrix, mean_interval
-from bitstack_nb.results.metrics import forgetting_per_task as points_lost
-from bitstack_nb.results.pairs import (
-    METRICS,
-    all_tasks,
-    differences,
-    final_accuracy,
-    metric,
-    no_pairs,
-    with_partners,
-)
+from bitstack_nb.results.pairs import METRICS, OTHER, no_pairs, pairs
 from bitstack_nb.results.result import Result, ResultError
-from bitstack_nb.results.tables import COLUMNS
 
-Value = Callable[[Result], float | None]  # one run's number, None where it has none
-
-_INTERVALS = "mean and 95 % Student interval over n seeds (3 or more); small dots: single seeds"
+_RUN = ["configuration", "seed", "order"]
 
 
 @styled
@@ -60,7 +40,7 @@ def accuracy_matrices(results: Iterable[Result]) -> Figure:
     Averaged over seeds; blank where a run did not measure. Configurations without a matrix
     (published ones) are left out; raises ResultError if that leaves none.
     """
-    groups = [g for g in grouped(results) if all(r.matrix is not None for r in g.results)]
+    groups = [g for g in grouped(frame(results)) if all(r.matrix is not None for r in g.results)]
     if not groups:
         raise ResultError("no result has an accuracy matrix: give measured ones")
     tasks = [shared_task_names(group.results) for group in groups]
@@ -72,8 +52,8 @@ def accuracy_matrices(results: Iterable[Result]) -> Figure:
         # Labels are left out where the panel to the left, or the one below, has the same.
         left = at % columns == 0 or tasks[at - 1] != tasks[at]
         below = tasks[at] not in tasks[at + columns : at + columns + 1]
-        frame = pd.DataFrame(mean, index=tasks[at], columns=tasks[at])
-        heatmap(ax, frame, rows=left, columns=below)
+        percent = pd.DataFrame(mean, index=tasks[at], columns=tasks[at])
+        heatmap(ax, percent, rows=left, columns=below)
         ax.set_title(counted(group.label, [len(group.results)]))
         ax.set_ylabel("after training" if at % columns == 0 else "")
         ax.set_xlabel("accuracy on" if at + columns >= len(groups) else "")
@@ -91,26 +71,15 @@ def forgetting_per_task(results: Iterable[Result]) -> Figure:
     measure it (joint training, published ones) are left out; raises ResultError if that leaves
     none.
     """
-    groups = grouped(results)
-    measured = [r for r in _members(groups) if r.matrix is not None]
-    tasks = dict.fromkeys(name for result in measured for name in task_names(result)[:-1])
-    drawn = [
-        Panel(name, "points lost", [numbers(g.results, _lost_on(name)) for g in groups])
-        for name in tasks
-    ]
+    results = list(results)
+    lost = task_frame(results).groupby(_RUN).head(-1)
+    lost = lost.assign(lost=lost["learnt"] - lost["final"])
     title = "Forgetting per task: accuracy after learning it − after the last task"
-    return dots(title, groups, drawn, zero=True, same_scale=True)
-
-
-def _lost_on(task: str) -> Value:
-    def lost(result: Result) -> float | None:
-        order = task_names(result)[:-1]
-        if result.matrix is None or task not in order:
-            return None
-        points = float(points_lost(result.matrix)[order.index(task)])
-        return None if math.isnan(points) else points
-
-    return lost
+    names = list(lost["task"].unique())
+    points = lost.pivot(index=_RUN, columns="task", values="lost").reset_index()
+    quantities = {name: (name, "points lost") for name in names}
+    groups = grouped(frame(results))
+    return dots(title, groups, points, quantities, zero=True, same_scale=True)
 
 
 @styled
@@ -119,40 +88,56 @@ def comparison(results: Iterable[Result]) -> Figure:
 
     Published numbers are hollow diamonds. Raises ResultError where no result has any of the three.
     """
-    groups = grouped(results)
+    runs = frame(results)
     units = {"average_accuracy": "%", "learning_accuracy": "%", "forgetting": "points"}
-    drawn = [
-        Panel(COLUMNS[name], unit, [numbers(g.results, metric(name)) for g in groups])
-        for name, unit in units.items()
-    ]
-    return dots("Accuracy and forgetting after all tasks", groups, drawn)
+    quantities = {name: (COLUMNS[name], unit) for name, unit in units.items()}
+    return dots("Accuracy and forgetting after all tasks", grouped(runs), runs, quantities)
 
 
 @styled
 def paired_differences(results: Iterable[Result], baseline: str = "finetune") -> Figure:
     """The three metrics of every configuration less the baseline's, seed by seed, in points.
 
-    Pairs are those of ``results.pairs.partner``; raises ResultError where there is none.
+    Pairs are those of ``results.pairs.pairs``; raises ResultError where there is none.
     """
-    units = {
-        name: f"difference (points)\n{'higher' if more else 'lower'} is better"
+    runs = frame(results)
+    minus = _differences(runs, [*METRICS], baseline)
+    quantities = {
+        name: (COLUMNS[name], f"difference (points)\n{'higher' if more else 'lower'} is better")
         for name, more in METRICS.items()
     }
-    drawn = {COLUMNS[name]: (unit, metric(name)) for name, unit in units.items()}
-    return _difference_dots("Difference to {}, the same seeds paired", results, drawn, baseline)
+    title = f"Difference to {method(baseline).label}, the same seeds paired"
+    return dots(title, grouped(runs), minus, quantities, zero=True)
 
 
 @styled
 def task_differences(results: Iterable[Result], baseline: str = "single") -> Figure:
     """The accuracy on each task after the last one, less the baseline's, seed by seed, in points.
 
-    Tasks in the order of the lowest seed. Pairs are those of ``results.pairs.partner``; raises
+    Tasks in the order of the lowest seed. Pairs are those of ``results.pairs.pairs``; raises
     ResultError where there is none.
     """
     results = list(results)
-    drawn = {task: ("points", final_accuracy(task)) for task in all_tasks(results)}
-    title = "Accuracy on each task at the end, difference to {}, the same seeds paired"
-    return _difference_dots(title, results, drawn, baseline, same_scale=True)
+    runs, tasks = frame(results), task_frame(results)
+    names = list(tasks["task"].unique())
+    final = runs.join(tasks.pivot(index=_RUN, columns="task", values="final"), on=_RUN)
+    minus = _differences(final, names, baseline)
+    title = (
+        f"Accuracy on each task at the end, difference to {method(baseline).label}, "
+        "the same seeds paired"
+    )
+    quantities = {name: (name, "points") for name in names}
+    return dots(title, grouped(runs), minus, quantities, zero=True, same_scale=True)
+
+
+def _differences(runs: pd.DataFrame, columns: Sequence[str], baseline: str) -> pd.DataFrame:
+    """Columns of each run less those of the baseline's run that it is paired with."""
+    paired = pairs(runs, baseline)
+    minus = {name: paired[name] - paired[f"{name}{OTHER}"] for name in columns}
+    found = paired[["configuration"]].assign(**minus)
+    if found[list(columns)].isna().all(axis=None):
+        raise no_pairs(baseline)
+    return found
 
 
 @styled
@@ -163,36 +148,37 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
     scale with nothing at its left. Sparsities stand above the points of a method that has several.
     Raises ResultError where no run has recorded any.
     """
-    stored, accuracy = metric("storage_per_task"), metric("average_accuracy")
-    groups = [
-        g for g in grouped(results) if numbers(g.results, stored) and numbers(g.results, accuracy)
-    ]
+    columns = ["storage_per_task", "average_accuracy"]
+    groups = [g for g in grouped(frame(results)) if g.runs[columns].notna().any().all()]
     if not groups:
         raise ResultError("no result has recorded its storage: run it again")
-    sizes = np.array([np.mean(numbers(g.results, stored)) for g in groups])
+    points = averages(pd.concat(g.runs for g in groups), columns).loc[[g.key for g in groups]]
+    sizes = points["storage_per_task"].to_numpy()
     smallest = min(sizes[sizes > 0], default=1.0)
     places = _side_by_side(np.where(sizes > 0, sizes, smallest / 10))
+    means, halves = (
+        points[name].fillna(0).to_numpy()
+        for name in ("average_accuracy", "average_accuracy_interval")
+    )
     figure = Figure(5.2)
     ax = figure.subplots()
     variants = _by_variant(groups)
     above = True  # sparsities of one variant stand above its points, those of the next one below
-    for label, members in variants.items():
-        several = len(members) > 1
-        found = [mean_interval(numbers(groups[at].results, accuracy)) for at in members]
-        means, halves = zip(*((mean, half or 0.0) for mean, half in found), strict=True)
-        look = {"color": groups[members[0]].colour, "marker": groups[members[0]].marker}
+    for label, own in variants.items():
+        several = len(own) > 1
+        look = {"color": groups[own[0]].colour, "marker": groups[own[0]].marker}
         look |= {"ls": ":" if several else "", "markersize": 8, "capsize": 4}
-        ax.errorbar(places[members], means, halves, label=label, **look)
+        ax.errorbar(places[own], means[own], halves[own], label=label, **look)
         if several:
-            ends = np.add(means, halves) if above else np.subtract(means, halves)
-            for at, end in zip(members, ends, strict=True):
+            for at in own:
+                end = means[at] + halves[at] if above else means[at] - halves[at]
                 _name_sparsity(ax, groups[at], (places[at], end), above=above)
             above = not above
     _set_storage_scale(ax, smallest, nothing=bool((sizes == 0).any()))
     ax.set_ylabel("average accuracy at the end (%)")
     figure.legend(loc="outside right center", frameon=False)
     figure.suptitle(titled("What an accuracy costs in storage", _members(groups)))
-    text = counted("95 % Student intervals", [len(group.results) for group in groups])
+    text = counted("95 % Student intervals", [len(group.runs) for group in groups])
     note(figure, f"percentages: sparsity; {text}" if len(variants) < len(groups) else text)
     return figure
 
@@ -249,7 +235,7 @@ def drift_attribution(results: Iterable[Result]) -> Figure:
     those of ``benchmark.drift``. Configurations without drift are left out; raises ResultError if
     that leaves none.
     """
-    groups = [g for g in grouped(results) if any(r.drift for r in g.results)]
+    groups = [g for g in grouped(frame(results)) if any(r.drift for r in g.results)]
     if not groups:
         raise ResultError("no result has recorded its drift: give runs of strategies that drift")
     recorded = {name for result in _members(groups) for name in result.drift}
@@ -296,90 +282,68 @@ def _draw_drift(ax: Axes, group: Group, rows: list[str]) -> None:
 # Dots: a row per configuration, a panel per quantity ----------------------------------------------
 
 
-class Panel(NamedTuple):
-    """A quantity that ``dots`` draws."""
-
-    title: str
-    unit: str
-    values: list[list[float]]  # per group, per seed; empty where not measured
-
-
 def dots(
     title: str,
     groups: Sequence[Group],
-    quantities: Sequence[Panel],
+    values: pd.DataFrame,
+    quantities: Mapping[str, tuple[str, str]],
     *,
     zero: bool = False,
     same_scale: bool = False,
 ) -> Figure:
-    """A figure with a row per group that has anything to draw, and a panel per quantity.
+    """A figure with a row per group that has any number, and a panel per quantity.
 
-    ``zero`` marks it; ``same_scale`` is for quantities in one unit. Raises ResultError where no
-    group has anything.
+    Args:
+        title: of the figure.
+        groups: in order.
+        values: a row per run; ``configuration`` is the key of its group.
+        quantities: column of ``values`` -> title and unit of its panel.
+        zero: whether it is marked.
+        same_scale: for quantities in one unit.
+
+    Raises:
+        ResultError: no group has a number.
     """
-    kept = [at for at in range(len(groups)) if any(panel.values[at] for panel in quantities)]
-    if not kept:
-        raise ResultError(f"no result has what is drawn here ({title})")
-    names = []
-    for at in kept:
-        seeds = [len(panel.values[at]) for panel in quantities if panel.values[at]]
-        names.append(counted(groups[at].label, seeds))
+    columns = list(quantities)
+    counts = values.groupby("configuration")[columns].count()
+    groups = [g for g in groups if g.key in counts.index and counts.loc[g.key].any()]
+    if not groups:
+        raise ResultError(f"no result has the numbers of this figure ({title})")
+    names = [counted(g.label, counts.loc[g.key][counts.loc[g.key] > 0]) for g in groups]
     each = 0.6 + 0.16 * len(names) * (max(name.count("\n") for name in names) + 1.6)
-    columns = 5
+    beside = 5
     figure, axes = panels(
-        len(quantities), columns, above=0.9, each=each, sharex=same_scale, sharey=True
+        len(columns), beside, above=0.9, each=each, sharex=same_scale, sharey=True
     )
-    for place, (ax, panel) in enumerate(zip(axes, quantities, strict=True)):
-        for row, at in enumerate(kept):
-            if panel.values[at]:
-                _draw_dots(ax, row, groups[at], panel.values[at])
+    for place, (ax, column) in enumerate(zip(axes, columns, strict=True)):
+        for row, group in enumerate(groups):
+            own = values.loc[values["configuration"] == group.key, column].dropna()
+            if len(own):
+                _draw_dots(ax, row, group, own.tolist())
         if zero:
             ax.axvline(0, color=GREY, linewidth=1)
-        ax.set_title(panel.title)
-        if place + columns >= len(quantities) or not same_scale:
-            ax.set_xlabel(panel.unit)
+        heading, unit = quantities[column]
+        ax.set_title(heading)
+        if place + beside >= len(columns) or not same_scale:
+            ax.set_xlabel(unit)
             ax.tick_params("x", labelbottom=True)
-        _set_scale(ax, quantities if same_scale else [panel], 5 if len(quantities) > 3 else 6)
+        _set_scale(ax, values[columns if same_scale else [column]], 5 if len(columns) > 3 else 6)
         ax.grid(visible=False, axis="y")
-    axes[0].set_yticks(range(len(kept)), names)
-    axes[0].set_ylim(len(kept) - 0.4, -0.6)
-    figure.suptitle(titled(title, _members([groups[at] for at in kept])))
-    note(figure, _INTERVALS)
+    axes[0].set_yticks(range(len(groups)), names)
+    axes[0].set_ylim(len(groups) - 0.4, -0.6)
+    figure.suptitle(titled(title, _members(groups)))
+    note(
+        figure, "mean and 95 % Student interval over n seeds (3 or more); small dots: single seeds"
+    )
     return figure
 
 
-def _set_scale(ax: Axes, quantities: Sequence[Panel], ticks: int) -> None:
+def _set_scale(ax: Axes, values: pd.DataFrame, ticks: int) -> None:
     """Few round ticks; where all values are zero, a scale of points and not of rounding errors."""
-    zeros = not any(any(values) for panel in quantities for values in panel.values)
+    zeros = not values.fillna(0).any(axis=None)
     if zeros:
         ax.set_xlim(-1, 1)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=2 if zeros else ticks, steps=[1, 2, 5, 10]))
-
-
-def _difference_dots(
-    title: str,
-    results: Iterable[Result],
-    quantities: Mapping[str, tuple[str, Value]],
-    baseline: str,
-    *,
-    same_scale: bool = False,
-) -> Figure:
-    """``dots`` of every configuration less the baseline strategy, seed by seed.
-
-    ``title`` has ``{}`` for the baseline; ``quantities`` maps a panel's title to its unit and
-    value. Raises ResultError where no run has a partner.
-    """
-    results = list(results)
-    groups = [g for g in grouped(results) if g.settings["strategy"] != baseline]
-    pairs = [with_partners(g.results, results, baseline=baseline) for g in groups]
-    drawn = [
-        Panel(name, unit, [differences(own, value) for own in pairs])
-        for name, (unit, value) in quantities.items()
-    ]
-    if not any(values for panel in drawn for values in panel.values):
-        raise no_pairs(baseline)
-    title = title.format(method(baseline).label)
-    return dots(title, groups, drawn, zero=True, same_scale=same_scale)
 
 
 def _draw_dots(ax: Axes, row: int, group: Group, values: Sequence[float]) -> None:
@@ -400,11 +364,6 @@ def _draw_dots(ax: Axes, row: int, group: Group, values: Sequence[float]) -> Non
     )
     if half is not None:
         ax.plot(values, [row + 0.25] * len(values), "o", color=group.colour, ms=4, mfc="none")
-
-
-def numbers(results: Iterable[Result], value: Value) -> list[float]:
-    """A number per run, without those that have none."""
-    return [number for result in results if (number := value(result)) is not None]
 
 
 def _members(groups: Iterable[Group]) -> list[Result]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from bitstack_nb.benchmark.curves import LockCurves
 from bitstack_nb.figures.methods import (
     MARKERS,
+    Group,
     counted,
     described,
     grouped,
@@ -33,8 +34,9 @@ from bitstack_nb.figures.style import (
     panels,
     styled,
 )
+from bitstack_nb.results.frames import averages, frame
 from bitstack_nb.results.metrics import mean_interval
-from bitstack_nb.results.pairs import metric, partner
+from bitstack_nb.results.pairs import OTHER, pairs
 from bitstack_nb.results.result import Result, ResultError
 
 if TYPE_CHECKING:
@@ -42,6 +44,13 @@ if TYPE_CHECKING:
 
 OUTSIDE = "other"  # the row of the weights outside the layers
 _LEFT = "0.95"
+_ABLATION = {
+    "forgetting": "forgetting (points)",
+    "learning_accuracy": "learning accuracy (%)",
+    "average_accuracy": "average accuracy at the end (%)",
+    "locked": "locked (% of eligible)",
+    "stored": "masks and locked values ({})",
+}
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -53,89 +62,78 @@ def ablation(results: Iterable[Result]) -> Figure:
     with them in all settings (but not one of exact recall). It needs three sparsities. A mask
     takes one bit per eligible weight and 4 bytes per locked one. Raises ResultError without a line.
     """
-    lines = [line for line in _sparsity_lines(list(results)) if len(line.points) > 2]
+    runs = frame(results)
+    lines = {label: line for label, line in _lines(runs).items() if len(line.points) > 2}
     if not lines:
         raise ResultError(
             "no configuration has three sparsities: give runs of a strategy that locks (bitstack) "
             "with more of them"
         )
-    members = [r for line in lines for runs in line.points.values() for r in runs]
-    large = max(mask_bytes(run) or 0 for run in members) >= 2**20
+    large = max(line.points["stored"].max() for line in lines.values()) >= 2**20
     unit, size = ("MiB", 2**20) if large else ("KiB", 2**10)
-    values = {
-        "forgetting (points)": metric("forgetting"),
-        "learning accuracy (%)": metric("learning_accuracy"),
-        "average accuracy at the end (%)": metric("average_accuracy"),
-        "locked (% of eligible)": _locked,
-        f"masks and locked values ({unit})": lambda result: (
-            None if (stored := mask_bytes(result)) is None else stored / size
-        ),
-    }
     figure, axes = panels(6, 3, above=0.6, each=2.8, sharex=True)
-    for ax, (title, value) in zip(axes, values.items(), strict=False):
-        for line in lines:
-            _draw_line(ax, line, value)
-        ax.set_title(title)
+    for ax, (column, title) in zip(axes, _ABLATION.items(), strict=False):
+        for label, line in lines.items():
+            _draw_line(ax, label, line, column, unit=size if column == "stored" else 1)
+        ax.set_title(title.format(unit))
         ax.set_xlabel("sparsity (share a task may lock)")
         ax.tick_params("x", labelbottom=True)
     axes[5].axis("off")
     axes[5].legend(*axes[3].get_legend_handles_labels(), loc="center", frameon=False)
-    figure.suptitle(titled("Sparsity: what a task may lock, and what follows", members))
+    title = "Sparsity: what a task may lock, and what follows"
+    figure.suptitle(titled(title, runs["result"]))
     note(figure, "mean and 95 % Student interval over n seeds")
     return figure
 
 
 class _Line(NamedTuple):
-    label: str
     look: dict[str, str]
-    points: dict[float, list[Result]]  # by sparsity
+    points: pd.DataFrame  # by sparsity: means of _ABLATION, their intervals
+    seeds: pd.Series  # by sparsity
 
 
-def _sparsity_lines(results: list[Result]) -> list[_Line]:
-    groups = [g for g in grouped(results) if g.settings["sparsity"] is not None]
+def _lines(runs: pd.DataFrame) -> dict[str, _Line]:
+    """The lines by their label: configurations that differ in nothing but their sparsity."""
+    groups = [g for g in grouped(runs) if g.settings["sparsity"] is not None]
     others = [{k: v for k, v in g.settings.items() if k != "sparsity"} for g in groups]
-    lines: dict[str, _Line] = {}
+    members: dict[str, list[Group]] = {}
     for group, label in zip(groups, labels(others), strict=True):
-        if label not in lines:  # lines of one method differ in dashes and markers
-            at = sum(line.look["color"] == group.colour for line in lines.values())
-            look = {
-                "color": group.colour,
-                "linestyle": _DASHES[at % len(_DASHES)],
-                "marker": MARKERS[at % len(MARKERS)],
-            }
-            lines[label] = _Line(label, look, {})
-        lines[label].points[group.settings["sparsity"]] = group.results
-    for line in lines.values():
-        runs = [run for own in line.points.values() for run in own]
+        members.setdefault(label, []).append(group)
+    lines: dict[str, _Line] = {}
+    for label, own in members.items():
+        drawn = pd.concat(group.runs for group in own)
         # Exact recall without own weights would be a head on the base, and not fine-tuning.
-        if 0 not in line.points and runs[0].protocol["strategy"] != "recall":
-            partners = [p for run in runs if (p := partner(run, results, "finetune"))]
-            zero = [p for at, p in enumerate(partners) if p not in partners[:at]]
-            line.points.update({0: zero} if zero else {})
-    return list(lines.values())
+        if not (drawn["sparsity"] == 0).any() and own[0].settings["strategy"] != "recall":
+            drawn = pd.concat([drawn, _fine_tuned(runs, drawn).assign(sparsity=0.0)])
+        locked, nothing = drawn["locked_of_eligible"], drawn["result"].map(_locks_nothing)
+        drawn = drawn.assign(
+            locked=locked.mask(nothing, 0.0),
+            stored=drawn["result"].map(mask_bytes).astype(float),
+            configuration=drawn["sparsity"],
+        )
+        at = sum(line.look["color"] == own[0].colour for line in lines.values())
+        look = {"linestyle": _DASHES[at % len(_DASHES)], "marker": MARKERS[at % len(MARKERS)]}
+        points = averages(drawn, _ABLATION)
+        seeds = drawn.groupby("sparsity").size()
+        lines[label] = _Line(look | {"color": own[0].colour}, points, seeds)
+    return lines
 
 
-def _draw_line(ax: Axes, line: _Line, value: Callable[[Result], float | None]) -> None:
-    xs, means, halves = [], [], []
-    for sparsity, runs in sorted(line.points.items()):
-        values = [number for run in runs if (number := value(run)) is not None]
-        if values:
-            mean, half = mean_interval(values)
-            xs.append(sparsity)
-            means.append(mean)
-            halves.append(half or 0.0)
-    label = counted(line.label, map(len, line.points.values()))
-    ax.plot(xs, means, label=label, markersize=5, **line.look)
-    band = {"facecolor": (line.look["color"], 0.12), "edgecolor": (line.look["color"], 0.5)}
-    low, high = np.subtract(means, halves), np.add(means, halves)
-    ax.fill_between(xs, low, high, linestyle=line.look["linestyle"], linewidth=0.8, **band)
+def _fine_tuned(runs: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+    """The runs of fine-tuning that some runs are compared with, each once."""
+    paired = pairs(runs, "finetune")
+    partners = paired.loc[paired["configuration"].isin(own["configuration"]), f"result{OTHER}"]
+    return runs[runs["result"].map(id).isin(partners.map(id))]
 
 
-def _locked(result: Result) -> float | None:
-    """Locked % of the eligible weights after the last task; 0 for strategies that do not lock."""
-    if not result.lock_stats:
-        return 0.0 if _locks_nothing(result) else None
-    return result.lock_stats[-1].get("frozen_pct")
+def _draw_line(ax: Axes, label: str, line: _Line, column: str, *, unit: float) -> None:
+    points = line.points[[column, f"{column}_interval"]].dropna(subset=column) / unit
+    means, halves = points[column], points[f"{column}_interval"].fillna(0)
+    ax.plot(means.index, means, label=counted(label, line.seeds), markersize=5, **line.look)
+    colour = line.look["color"]
+    band = {"facecolor": (colour, 0.12), "edgecolor": (colour, 0.5), "linewidth": 0.8}
+    look = band | {"linestyle": line.look["linestyle"]}
+    ax.fill_between(means.index, means - halves, means + halves, **look)
 
 
 def mask_bytes(result: Result) -> float | None:
@@ -323,7 +321,7 @@ def capacity(locks: Iterable[Result] | pd.DataFrame) -> Figure:
         table, names = layer_table(locks)
         bars, members, tasks = {"this stack": [_locked_after(table)]}, [], list(names.values())
     else:
-        groups = [g for g in grouped(locks) if all(r.locks for r in g.results)]
+        groups = [g for g in grouped(frame(locks)) if all(r.locks for r in g.results)]
         if not groups:
             raise ResultError("no result has locks: give runs of a strategy that locks (bitstack)")
         members = [r for g in groups for r in g.results]

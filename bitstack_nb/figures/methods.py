@@ -10,9 +10,11 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.results.result import Result
-from bitstack_nb.results.tables import configurations
+from bitstack_nb.results.tables import shown
 
 MARKERS = "osv^"  # a marker per budget and importance of a method
 _NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -38,29 +40,35 @@ def method(strategy: str) -> Method:
 class Group(NamedTuple):
     """The runs of one configuration, and its name, colour and marker in every figure."""
 
+    key: str  # ``configuration`` of ``results.frame``
     label: str
     colour: str
     marker: str
     settings: dict[str, Any]
-    results: list[Result]
+    runs: pd.DataFrame  # its rows
+
+    @property
+    def results(self) -> list[Result]:
+        """The results of the runs."""
+        return list(self.runs["result"])
 
 
-def grouped(results: Iterable[Result]) -> list[Group]:
-    """Configurations in the order of their methods: measured ones, then published ones.
-
-    Raises ResultError as ``results.tables.configurations`` does.
-    """
-    items = sorted(configurations(results), key=lambda item: rank(item.shown))
-    settings = [item.shown for item in items]
+def grouped(runs: pd.DataFrame) -> list[Group]:
+    """The configurations of ``results.frame`` in the order of methods, published ones last."""
+    rows = shown(runs).astype(object)
+    found = rows.where(rows.notna(), None).to_dict("index")
+    ordered = sorted(found, key=lambda key: rank(found[key]))
+    settings = [found[key] for key in ordered]
     return [
         Group(
+            key,
             label,
-            method(item.shown["strategy"]).colour,
-            "D" if item.shown.get("published") else _marker(item.shown, settings),
-            item.shown,
-            item.results,
+            method(own["strategy"]).colour,
+            "D" if own.get("published") else _marker(own, settings),
+            own,
+            runs[runs["configuration"] == key],
         )
-        for label, item in zip(labels(settings), items, strict=True)
+        for key, label, own in zip(ordered, labels(settings), settings, strict=True)
     ]
 
 

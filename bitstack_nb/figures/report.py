@@ -13,13 +13,13 @@ from bitstack_nb.figures import accuracy, locks
 from bitstack_nb.figures.methods import grouped, labels, rank
 from bitstack_nb.figures.style import Figure, png
 from bitstack_nb.files import replacing
-from bitstack_nb.results.pairs import differences, metric, paired_table, paired_tasks, with_partners
+from bitstack_nb.results.frames import frame
+from bitstack_nb.results.pairs import mean_differences, paired_table, paired_tasks, pairs
 from bitstack_nb.results.result import Result, ResultError
 from bitstack_nb.results.tables import (
-    COLUMNS,
+    by_configuration,
     format_table,
     markdown,
-    mean_and_half,
     provenance_table,
     readable,
     table,
@@ -45,28 +45,21 @@ def summary(results: Iterable[Result]) -> pd.DataFrame:
     time per step as far as they were recorded; ``minus_separate_models``, the average accuracy
     less that of separate models on the same seeds. Each comes with ``<column>_interval``.
     """
-    results = list(results)
-    frame = named(table(results))
-    pairs = [_to_single(group.results, results) for group in grouped(results)]
-    frame["minus_separate_models"] = [mean for mean, _ in pairs]
-    frame["minus_separate_models_interval"] = [half for _, half in pairs]
-    empty = [name for name in COLUMNS | {"minus_separate_models": ""} if _is_empty(frame, name)]
-    return frame.drop(columns=_with_intervals([*_FURTHER, *empty]), errors="ignore")
+    runs = frame(results)
+    minus = mean_differences(pairs(runs, "single"), ["average_accuracy"])
+    minus.columns = ["seeds", *_with_intervals(["minus_separate_models"])]
+    found = named(by_configuration(runs).join(minus.drop(columns="seeds")))
+    empty = [name for name in found if found[name].isna().all()]
+    empty = [name for name in empty if not name.endswith("_interval")]
+    return found.drop(columns=_with_intervals([*_FURTHER, *empty]), errors="ignore")
 
 
-def _to_single(members: list[Result], results: list[Result]) -> tuple[float, float]:
-    """Mean and half width of one configuration's differences, NaN where there are none."""
-    others = [member for member in members if member.protocol["strategy"] != "single"]
-    pairs = with_partners(others, results, baseline="single")
-    return mean_and_half(differences(pairs, metric("average_accuracy")))
-
-
-def named(frame: pd.DataFrame) -> pd.DataFrame:
+def named(rows: pd.DataFrame) -> pd.DataFrame:
     """A table of the room ``results`` with display names instead of settings.
 
     The first column is ``method``; rows are in the order of the methods.
     """
-    settings, values = _split(frame)
+    settings, values = _split(rows)
     made = values.assign(method=labels(settings))[["method", *values.columns]]
     order = sorted(range(len(made)), key=lambda at: rank(settings[at]))
     return made.iloc[order].reset_index(drop=True)
@@ -77,10 +70,6 @@ def _split(frame: pd.DataFrame) -> tuple[list[dict[str, Any]], pd.DataFrame]:
     at = frame.columns.get_loc("seeds")
     settings = frame.iloc[:, :at].astype(object)
     return settings.where(settings.notna(), None).to_dict("records"), frame.iloc[:, at:]
-
-
-def _is_empty(frame: pd.DataFrame, name: str) -> bool:
-    return name in frame and bool(frame[name].isna().all())
 
 
 def _with_intervals(names: Iterable[str]) -> list[str]:
@@ -104,7 +93,7 @@ def write_figures(
         ResultError: none can be drawn, or the results contradict each other.
         OSError: a file cannot be written; it is named.
     """
-    grouped(results)  # results that contradict each other are an error, and not a figure less
+    frame(results)  # results that contradict each other are an error, and not a figure less
     contents: dict[str, bytes] = {}
     left_out: dict[str, str] = {}
     for name, draw in _figures(results):
@@ -153,7 +142,7 @@ def _figures(results: list[Result]) -> Iterator[tuple[str, Callable[[], Figure]]
 
 def _examples(results: list[Result]) -> dict[str, Result]:
     """A run per strategy and budget that locks: the sparsity nearest the default, first seed."""
-    locking = [g for g in grouped(results) if g.settings["sparsity"] and g.results[0].locks]
+    locking = [g for g in grouped(frame(results)) if g.settings["sparsity"] and g.results[0].locks]
     locking.sort(key=lambda g: abs(g.settings["sparsity"] - Protocol.sparsity))
     found: dict[str, Result] = {}
     for group in locking:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bitstack_nb.results.frames import averages, frame, numbers, task_frame
+from bitstack_nb.results.frames import averages, frame, task_frame
 from bitstack_nb.results.result import Result, ResultError
 from bitstack_nb.results.tables import shown
 
@@ -187,55 +187,3 @@ def verdict(
         f"{column.replace('_', ' ')}, {row['strategy']} minus {baseline}: {number} points over "
         f"{pairs} paired seed{'s' if pairs > 1 else ''} ({certainty})",
     )
-
-
-# What figures take: single runs and their numbers ------------------------------------------------
-
-
-def with_partners(
-    members: Iterable[Result], results: Iterable[Result], *, baseline: str
-) -> list[tuple[Result, Result]]:
-    """Runs, each with its partner of the baseline strategy; those without one are left out."""
-    members = list(members)
-    kinds = {baseline, *(member.protocol["strategy"] for member in members)}
-    others = (result for result in results if result.protocol["strategy"] in kinds)
-    if not members:
-        return []
-    paired = pairs(frame([*members, *others]), baseline)
-    own = {id(member) for member in members}
-    both = zip(paired["result"], paired[f"result{OTHER}"], strict=True)
-    return [(member, other) for member, other in both if id(member) in own]
-
-
-def partner(result: Result, results: Iterable[Result], strategy: str) -> Result | None:
-    """The run of ``strategy`` that a run is compared with; None without one."""
-    return next((other for _, other in with_partners([result], results, baseline=strategy)), None)
-
-
-def differences(
-    pairs: Iterable[tuple[Result, Result]], value: Callable[[Result], float | None]
-) -> list[float]:
-    """A number of each run less that of its partner, where both have it; in points."""
-    both = [(value(member), value(other)) for member, other in pairs]
-    return [own - other for own, other in both if own is not None and other is not None]
-
-
-def metric(column: str) -> Callable[[Result], float | None]:
-    """One run's number for a column of ``frames.COLUMNS``; None where it has none."""
-    return lambda result: numbers(result)[column]
-
-
-def final_accuracy(task: str) -> Callable[[Result], float | None]:
-    """One run's accuracy (%) on a task after the last one; None where it does not have that."""
-
-    def value(result: Result) -> float | None:
-        names = [own["name"] for own in result.protocol.get("tasks") or []]
-        measured = result.matrix is not None and task in names
-        return result.matrix[-1][names.index(task)] if measured else None
-
-    return value
-
-
-def all_tasks(results: Iterable[Result]) -> list[str]:
-    """The names of the tasks in results, each once, in the order of the lowest seed."""
-    return list(task_frame(results)["task"].unique())

@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from bitstack_nb.results.frames import COLUMNS, SYNTHETIC, averages, frame, settings_of
-from bitstack_nb.results.metrics import mean_interval
 from bitstack_nb.results.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-class Configuration(NamedTuple):
-    """What some runs share, under the names and values a table shows, and the runs themselves."""
-
-    shown: dict[str, Any]
-    results: list[Result]
-
-
-def configurations(results: Iterable[Result]) -> list[Configuration]:
-    """Results by configuration, in the order of ``table``; the runs of each by seed and order.
-
-    Raises ResultError as ``frames.frame`` does.
-    """
-    runs = frame(results)
-    members = {key: list(own["result"]) for key, own in runs.groupby("configuration")}
-    rows = shown(runs).astype(object)
-    rows = rows.where(rows.notna(), None)
-    return [
-        Configuration(row, members[key])
-        for key, row in zip(rows.index, rows.to_dict("records"), strict=True)
-    ]
 
 
 def shown(runs: pd.DataFrame) -> pd.DataFrame:
@@ -152,9 +128,3 @@ def _cell(value: Any, half: float | None, is_metric: bool) -> str:
     if is_metric:
         return f"{value:.1f}" if half != half else f"{value:.1f} ± {half:.1f}"
     return f"{value:.10g}" if isinstance(value, float) else str(value)
-
-
-def mean_and_half(values: list[float]) -> tuple[float, float]:
-    """``metrics.mean_interval`` as frames hold it: NaN for what there are too few values for."""
-    mean, half = mean_interval(values) if values else (math.nan, None)
-    return mean, math.nan if half is None else half

@@ -19,6 +19,7 @@ from bitstack_nb.figures.accuracy import (
     task_differences,
 )
 from bitstack_nb.figures.methods import grouped, method
+from bitstack_nb.results import frame
 from bitstack_nb.results.metrics import forgetting_per_task as points_lost
 from bitstack_nb.results.metrics import mean_interval
 
@@ -27,14 +28,14 @@ METRICS = ("average_accuracy", "learning_accuracy", "forgetting")
 
 def test_methods_have_one_name_one_colour_and_one_order():
     names = ("single", "recall", "bitstack", "random-mask", "finetune")
-    groups = grouped(run(name) for name in names)
+    groups = grouped(frame(run(name) for name in names))
     assert [group.label for group in groups] == [method(name).label for name in names[::-1]]
     assert [group.label for group in groups][-2:] == ["exact recall", "separate models"]
     assert [group.colour for group in groups] == [method(name).colour for name in names[::-1]]
     assert len({group.colour for group in groups}) == len(names)
     own = runs("recall", sparsity=0.05, learning_rate=5e-4)
     more = [*runs("recall", sparsity=0.05, importance="random"), *runs("recall", sparsity=0.01)]
-    groups = grouped([*own, *more, *FINETUNE, *PAPER])
+    groups = grouped(frame([*own, *more, *FINETUNE, *PAPER]))
     assert [group.label for group in groups] == [
         "fine-tuning",
         "exact recall, 1 % own weights, by gradient",

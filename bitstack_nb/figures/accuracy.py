@@ -229,54 +229,30 @@ def _side_by_side(places: np.ndarray) -> np.ndarray:
 
 @styled
 def drift_attribution(results: Iterable[Result]) -> Figure:
-    """Points of task 1's accuracy that return when one group of weights is put back to task 1.
+    """Points of task 1's accuracy that return when weights are put back to where task 1 left them.
 
-    A panel per configuration; the dashed line is all that task 1 has lost. Groups of weights are
-    those of ``benchmark.drift``. Configurations without drift are left out; raises ResultError if
-    that leaves none.
+    A panel for all weights, which is all that task 1 has lost, and one per group of weights: those
+    of ``benchmark.drift``. Configurations without drift are left out; raises ResultError if that
+    leaves none.
     """
-    groups = [g for g in grouped(frame(results)) if any(r.drift for r in g.results)]
-    if not groups:
+    runs = frame(results)
+    returned = [_returned(result) for result in runs["result"]]
+    if not any(returned):
         raise ResultError("no result has recorded its drift: give runs of strategies that drift")
-    recorded = {name for result in _members(groups) for name in result.drift}
-    rows = [name for name in (*KINDS, *STATES) if name in recorded]
-    each = 0.9 + 0.27 * len(rows)
-    figure, axes = panels(len(groups), 3, above=1.0, each=each, sharex=True, sharey=True)
-    for at, (group, ax) in enumerate(zip(groups, axes, strict=True)):
-        _draw_drift(ax, group, rows)
-        if at + 3 >= len(groups):
-            ax.set_xlabel("points that return")
-            ax.tick_params("x", labelbottom=True)
-    shown = ["other (a pooler)" if name == "other" else name for name in rows]
-    axes[0].set_yticks(range(len(rows)), shown)
-    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    values = runs[["configuration"]].join(pd.DataFrame(returned))
+    names = {"all": "all weights", "other": "other (a pooler)"}
+    shown = [name for name in ("all", *KINDS, *STATES) if name in values]
+    quantities = {name: (names.get(name, name), "points that return") for name in shown}
     title = "Where forgetting lives: task 1's accuracy with one group of weights put back"
-    figure.suptitle(titled(title, _members(groups)))
-    note(
-        figure,
-        "dashed: all that task 1 has lost (groups act together, so theirs need not add up to it); "
-        "mean and 95 % Student interval over n seeds",
-    )
-    return figure
+    return dots(title, grouped(runs), values, quantities, zero=True, same_scale=True)
 
 
-def _draw_drift(ax: Axes, group: Group, rows: list[str]) -> None:
-    drifted = [result for result in group.results if result.drift]
-    lost = np.mean([result.matrix[0][0] - result.matrix[-1][0] for result in drifted])
-    ax.axvline(lost, color=GREY, linestyle="--", linewidth=1)
-    ax.axvline(0, color=GREY, linewidth=1)
-    for row, name in enumerate(rows):
-        returned = [
-            result.drift[name]["accuracy"] - result.matrix[-1][0]
-            for result in drifted
-            if name in result.drift
-        ]
-        if returned:
-            _draw_dots(ax, row, group, returned)
-    # Kinds of weights stand above the line, states of a stack's weights below it.
-    ax.axhline(sum(name in KINDS for name in rows) - 0.35, color=GREY, linewidth=0.5)
-    ax.grid(visible=False, axis="y")
-    ax.set_title(counted(group.label, [len(drifted)]))
+def _returned(result: Result) -> dict[str, float]:
+    """Points of task 1 that return, by group of weights."""
+    if not result.drift:
+        return {}
+    own = {name: put_back["accuracy"] for name, put_back in result.drift.items()}
+    return {k: v - result.matrix[-1][0] for k, v in {"all": result.matrix[0][0], **own}.items()}
 
 
 # Dots: a row per configuration, a panel per quantity ----------------------------------------------

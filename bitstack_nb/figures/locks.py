@@ -324,30 +324,28 @@ def capacity(locks: Iterable[Result] | pd.DataFrame) -> Figure:
         groups = [g for g in grouped(frame(locks)) if all(r.locks for r in g.results)]
         if not groups:
             raise ResultError("no result has locks: give runs of a strategy that locks (bitstack)")
-        members = [r for g in groups for r in g.results]
+        members = [result for group in groups for result in group.results]
         tasks = shared_task_names(members)
         bars = {
-            counted(g.label, [len(g.results)]): [
+            counted(g.label, [len(g.runs)]): [
                 _locked_after(pd.DataFrame(r.locks)) for r in g.results
             ]
             for g in groups
         }
+    added = pd.DataFrame([np.diff(np.mean(seeds, axis=0), prepend=0) for seeds in bars.values()])
+    added = added.set_axis(list(bars)).set_axis([f"locked by {task}" for task in tasks], axis=1)
+    added["left"] = 100 - added.sum(axis=1)
     columns = 3
-    legend = max(2, math.ceil((len(tasks) + 1) / columns))
-    figure = Figure(1.3 + 0.2 * legend + 0.45 * len(bars))
+    figure = Figure(1.3 + 0.2 * max(2, math.ceil((len(tasks) + 1) / columns)) + 0.45 * len(bars))
     ax = figure.subplots()
-    colours = SHARES(np.linspace(0.25, 0.9, len(tasks)))
-    notes = [_draw_bar(ax, row, seeds, colours) for row, seeds in enumerate(bars.values())]
-    ax.set_yticks(range(len(bars)), list(bars))
+    colours = [*SHARES(np.linspace(0.25, 0.9, len(tasks))), _LEFT]
+    look = {"color": colours, "width": 0.6, "edgecolor": "white", "legend": False}
+    added.plot.barh(stacked=True, ax=ax, **look)
     ax.set(xlim=(0, 100), ylim=(len(bars) - 0.4, -0.6), xlabel="share of the eligible weights (%)")
     ax.grid(visible=False, axis="y")
-    ax.secondary_yaxis("right").set_yticks(range(len(bars)), notes)
-    patches = [
-        Patch(color=colour, label=f"locked by {task}")
-        for task, colour in zip(tasks, colours, strict=True)
-    ]
-    patches.append(Patch(color=_LEFT, label="left"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False)
+    ends = [_in_words([own[-1] for own in seeds]) for seeds in bars.values()]
+    ax.secondary_yaxis("right").set_yticks(range(len(bars)), ends)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(titled("Capacity used by each task, and left", members))
     return figure
 
@@ -358,14 +356,9 @@ def _locked_after(table: pd.DataFrame) -> np.ndarray:
     return (100 * sums["locked"] / sums["eligible"]).to_numpy()
 
 
-def _draw_bar(ax: Axes, row: int, seeds: list[np.ndarray], colours: np.ndarray) -> str:
-    """Draw a bar of the shares locked after each task; return its end in words."""
-    after = np.mean(seeds, axis=0)
-    starts = [0.0, *after]
-    faces = [*colours[: len(after)], _LEFT]
-    for start, end, face in zip(starts, [*after, 100.0], faces, strict=True):
-        ax.barh([row], [end - start], left=[start], height=0.6, color=[face], edgecolor="white")
-    mean, half = mean_interval([own[-1] for own in seeds])
+def _in_words(locked: Sequence[float]) -> str:
+    """The share that is locked in the end, of each seed, and left, in words."""
+    mean, half = mean_interval(locked)
     spread = "" if half is None else f" ± {half:.1f}"
     return f"{mean:.1f}{spread} % locked\n{100 - mean:.1f} % left"
 

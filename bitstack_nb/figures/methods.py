@@ -130,7 +130,8 @@ def counted(label: str, numbers: Iterable[int]) -> str:
     numbers = list(numbers)
     count = " to ".join(map(str, dict.fromkeys([min(numbers), max(numbers)])))
     unbroken = f"n = {count}".replace(" ", _NO_BREAK)
-    return textwrap.fill(f"{label.replace(' %', _NO_BREAK + '%')}, {unbroken}", 34)
+    text = label.replace(" %", f"{_NO_BREAK}%").replace(" by ", f" by{_NO_BREAK}")
+    return textwrap.fill(f"{text}, {unbroken}", 34)
 
 
 def titled(title: str, results: Iterable[Result]) -> str:

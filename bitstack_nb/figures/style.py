@@ -139,12 +139,12 @@ def heatmap(
 
 def refill(ax: Axes, percent: pd.DataFrame) -> None:
     """Show other percentages in a heatmap, blank in the same cells."""
-    values = percent.to_numpy(float)
-    mesh = ax.collections[0]
+    values, mesh = percent.to_numpy(float), ax.collections[0]
     mesh.set_array(np.ma.masked_invalid(values))
+    top = mesh.norm.vmax
+    digits = ".0f" if top >= 20 else ".1f" if top >= 1 else ".2g"
     for text, value in zip(ax.texts, values[np.isfinite(values)], strict=False):
-        number = f"{value:.0f}" if mesh.norm.vmax >= 20 else f"{value:.2g}"
-        text.set(text=number, color="white" if value > 0.6 * mesh.norm.vmax else "black")
+        text.set(text=f"{value:{digits}}", color="white" if value > 0.6 * top else "black")
 
 
 def colour_bar(figure: Figure, axes: np.ndarray, label: str, **place: Any) -> None:

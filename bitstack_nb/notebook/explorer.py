@@ -15,6 +15,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 from PIL import Image
 
 from bitstack_nb.benchmark.curves import SPARSITIES
@@ -128,10 +129,17 @@ class Explorer(widgets.VBox):
 
 def _html(facts: Mapping[str, str], by_task: pd.DataFrame, source: str) -> str:
     """The numbers as HTML that takes its colours from the page."""
-    said = pd.Series(facts).to_frame().to_html(header=False, border=0)
-    table = by_task.to_html(border=0, na_rep="", justify="left")
+    said = _table(pd.Series(facts).to_frame().style.hide(axis="columns"))
     note = "Overlap: weights shared of those united, of choices with the masks lifted."
-    return f"{said}<br>{table}<small>{escape(source)}. {note if len(by_task) > 1 else ''}</small>"
+    end = f"{escape(source)}. {note if len(by_task) > 1 else ''}"
+    return f"{said}<br>{_table(by_task.style)}<small>{end}</small>"
+
+
+def _table(styler: Styler) -> str:
+    look = "text-align: left; padding: 1px 12px 1px 0; line-height: 1.35; vertical-align: top"
+    styler.format(escape="html", na_rep="").format_index(escape="html")
+    styler.set_table_styles([{"selector": "th, td", "props": look}])
+    return styler.set_uuid("bitstack").to_html()
 
 
 class LockPicture:

@@ -157,11 +157,15 @@ def test_storage_is_drawn_where_it_is():
 
 
 def test_drift_is_what_returns_of_what_was_lost():
-    (ax,) = drift_attribution([*BITSTACK, *SINGLE]).axes
-    expected = [r.drift["locked"]["accuracy"] - r.matrix[-1][0] for r in BITSTACK]
-    mean, half, seeds = row(ax, "locked")
-    assert seeds == pytest.approx(expected)
-    assert (mean, half) == pytest.approx(mean_interval(expected))
-    (dashed,) = [line for line in ax.lines if line.get_linestyle() == "--"]
-    lost = np.mean([r.matrix[0][0] - r.matrix[-1][0] for r in BITSTACK])
-    assert dashed.get_xdata()[0] == pytest.approx(lost)
+    figure = drift_attribution([*BITSTACK, *SINGLE])
+    assert titles(figure) == ["all weights", "norms", "attention", "MLP", "locked", "free"]
+    end = [r.matrix[-1][0] for r in BITSTACK]
+    for at, accuracies in {
+        0: [r.matrix[0][0] for r in BITSTACK],
+        4: [r.drift["locked"]["accuracy"] for r in BITSTACK],
+    }.items():
+        expected = np.subtract(accuracies, end)
+        mean, half, seeds = row(figure.axes[at], "BitStack")
+        assert seeds == pytest.approx(expected)
+        assert (mean, half) == pytest.approx(mean_interval(expected))
+    assert toy.row_names(figure) == ["BitStack, n = 3"]

@@ -62,19 +62,17 @@ def _unpacked(bits: torch.Tensor, shape: Sequence[int]) -> numpy.ndarray:
 
 
 def take(tensor: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """The entries at these positions of the flattened tensor."""
-    return tensor.reshape(-1)[where]
+    """The weights at these positions of the flattened tensor."""
+    return tensor.detach().reshape(-1).index_select(0, where)
 
 
-def put(tensor: torch.Tensor, where: torch.Tensor, values: torch.Tensor | bool | int) -> None:
-    """Write into the entries at these positions of the flattened tensor."""
-    flat = tensor.reshape(-1)
-    if isinstance(values, torch.Tensor):
-        flat.index_copy_(0, where, values)
+def put(tensor: torch.Tensor, where: torch.Tensor, values: torch.Tensor) -> None:
+    """Write into the weights at these positions of the flattened tensor."""
+    tensor, where = tensor.detach(), where.long()
+    if tensor.is_contiguous():
+        tensor.view(-1).scatter_(0, where, values)
     else:
-        flat.index_fill_(0, where, values)
-    if flat.data_ptr() != tensor.data_ptr():  # not contiguous: that was a copy
-        tensor.copy_(flat.view(tensor.shape))
+        tensor.copy_(tensor.reshape(-1).scatter(0, where, values).view(tensor.shape))
 
 
 def count(bits: torch.Tensor) -> int:
@@ -98,34 +96,3 @@ def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bits, its first 16 hexadecimal digits."""
     plain = pattern(tensor.detach()).contiguous().cpu().numpy()
     return hashlib.sha256(plain).hexdigest()[:16]
-
-
-# Several disjoint masks in one stack of planes: entry i is of mask t when bit i of plane b is bit b
-# of t + 1, for all planes b; an entry of none has no bit set.
-
-
-def owned(planes: torch.Tensor, mask: int) -> torch.Tensor:
-    """The packed mask number ``mask`` (from 0) of uint8 planes ``[planes, bytes]``."""
-    own = torch.full_like(planes[0], 255)
-    for bit, plane in enumerate(planes):
-        own &= plane if (mask + 1) >> bit & 1 else ~plane
-    return own
-
-
-def owned_by_any(planes: torch.Tensor) -> torch.Tensor:
-    """The packed union of all masks of uint8 planes ``[planes, bytes]``."""
-    union = planes.new_zeros(planes.shape[1])
-    for plane in planes:
-        union |= plane
-    return union
-
-
-def with_owner(planes: torch.Tensor, packed: torch.Tensor, mask: int) -> torch.Tensor:
-    """New planes that hold a packed mask, disjoint from the others, as number ``mask`` too."""
-    number = mask + 1
-    new = planes.new_zeros(max(len(planes), number.bit_length()), planes.shape[1])
-    new[: len(planes)] = planes
-    for bit, plane in enumerate(new):
-        if number >> bit & 1:
-            plane |= packed
-    return new

@@ -18,7 +18,6 @@ from torch.utils.hooks import RemovableHandle
 
 from bitstack_nb.eligible import refuse_shards
 from bitstack_nb.locks import Locks
-from bitstack_nb.owners import Owners
 
 # A model's guards know of each other: none hides gradients from what another measures.
 _guards: WeakKeyDictionary[nn.Module, WeakSet[Guard]] = WeakKeyDictionary()
@@ -27,6 +26,11 @@ _lifted: WeakSet[nn.Module] = WeakSet()
 
 class LockedWeightsMoved(RuntimeError):
     """Locked weights differ from the values they were locked with."""
+
+
+def guarded(model: nn.Module) -> bool:
+    """Whether any guard has hooks on a model."""
+    return any(guard.handles for guard in _guards.get(model, ()))
 
 
 class Guard:
@@ -40,14 +44,13 @@ class Guard:
         hook_calls: how often each was called.
     """
 
-    def __init__(self, model: nn.Module, locks: Locks | Owners) -> None:
+    def __init__(self, model: nn.Module, locks: Locks) -> None:
         self._model, self._locks = model, locks
         self._attached: WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = (
             WeakKeyDictionary()
         )
         self.handles: dict[str, RemovableHandle] = {}
         self.hook_calls: dict[str, int] = {}
-        self._check_alone()
         _guards.setdefault(model, WeakSet()).add(self)
 
     # Before the step: no gradient ---------------------------------------------------------------
@@ -124,7 +127,6 @@ class Guard:
     def check_still_the_models(self) -> None:
         """Raise a RuntimeError if the model no longer holds a parameter that is guarded."""
         refuse_shards(self._model)
-        self._check_alone()
         present = {id(p) for p in self._model.parameters()}
         gone = [name for name, p in self._parameters().items() if id(p) not in present]
         if gone:
@@ -134,16 +136,6 @@ class Guard:
                 "not supported. Exclude heads that are swapped "
                 "(exclude=[...]), or save the stack and load it onto the model as it is now"
             )
-
-    def _check_alone(self) -> None:
-        """Two stacks can each hold their own weights, but exact recall holds all of them."""
-        for other in _guards.get(self._model, ()):
-            recall = any(isinstance(guard._locks, Owners) for guard in (self, other))
-            if other is not self and other.handles and recall:
-                raise RuntimeError(
-                    "another stack has hooks on this model, and exact recall must be alone on its "
-                    "model: call the other's detach() first, or load the model anew"
-                )
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {**self._locks.parameters, **self._locks.held}

@@ -1,20 +1,14 @@
-"""The file of ``BitStack`` and of ``ExactRecall``: safetensors with all masks in one packed tensor.
+"""The file of ``BitStack``: safetensors with all masks in one packed tensor.
 
-``BitStack``. Tensors: ``masks`` (uint8, each parameter's packed bits one after the
+Tensors: ``masks`` (uint8, each parameter's packed bits one after the
 other, every parameter from a whole byte on), ``values.<dtype>`` (the locked values of the
 parameters of that dtype, in the same order), ``selected`` and ``added`` (int32, tasks x
-parameters). Metadata: format, version, method, bit order, whether values are there, settings, and
+parameters). Metadata: format, version, bit order, whether values are there, settings, and
 the parameters' names, shapes and dtypes as JSON. One tensor for all masks keeps the header small: a
 stack costs one bit per eligible weight.
 
-``ExactRecall``. Tensors: ``owners`` (uint8 [planes, bytes], see ``bits.owned``, laid out
-as masks are; compressed by zlib, which takes a fraction where tasks own little) and
-``values.<dtype>`` (the tasks' values of the parameters of that dtype, task after task, in the same
-order). Metadata: the tasks' names, and the base's digests by name, because a task's values mean
-nothing on another base; the rest as above.
-
-Both have a digest of all that in the metadata, without which a flipped bit of a locked value would
-pass for the value.
+A digest of all that is in the metadata: without it a flipped bit of a locked value would pass for
+the value.
 """
 
 from __future__ import annotations
@@ -22,13 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -39,7 +31,7 @@ from bitstack_nb.files import replacing
 FORMAT, VERSION, BIT_ORDER = "bitstack-masks", "4", "little"
 
 # What a file that is not as written makes of the reading of it.
-_DAMAGE = (
+DAMAGE = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -47,7 +39,6 @@ _DAMAGE = (
     RuntimeError,
     TypeError,
     ValueError,
-    zlib.error,
 )
 
 
@@ -57,15 +48,11 @@ class MaskFileError(ValueError):
 
 def write(path: str | os.PathLike[str], state: Mapping[str, Any], *, values: bool = True) -> None:
     """Write a ``state_dict()`` to ``path``, whole or not at all."""
-    if "owners" in state:
-        method, (tensors, own) = "ExactRecall", _recall_content(state)
-    else:
-        method, (tensors, own) = "BitStack", _protect_content(state, values=values)
+    tensors, own = _content(state, values=values)
     parameters = [[n, p["shape"], p["dtype"]] for n, p in state["parameters"].items()]
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "method": method,
         "bit_order": BIT_ORDER,
         "settings": json.dumps(state["settings"]),
         "parameters": json.dumps(parameters, separators=(",", ":")),
@@ -92,7 +79,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
 Content = tuple[dict[str, torch.Tensor], dict[str, str]]
 
 
-def _protect_content(state: Mapping[str, Any], *, values: bool) -> Content:
+def _content(state: Mapping[str, Any], *, values: bool) -> Content:
     names = list(state["parameters"])
     tensors = {"masks": torch.cat([state["bits"][n].cpu() for n in names])}
     for field, at in (("selected", 0), ("added", 1)):
@@ -101,32 +88,6 @@ def _protect_content(state: Mapping[str, Any], *, values: bool) -> Content:
     if values:
         tensors |= _by_dtype(state["parameters"], [state["values"]])
     return tensors, {"values": json.dumps(values)}
-
-
-def _recall_content(state: Mapping[str, Any]) -> Content:
-    tensors = {"owners": packed_owners(state), **_by_dtype(state["parameters"], state["values"])}
-    base = json.dumps(state["base"], separators=(",", ":"))
-    return tensors, {"names": json.dumps(state["names"]), "base": base}
-
-
-def packed_owners(state: Mapping[str, Any]) -> torch.Tensor:
-    """Which entry is whose, as the file has it: uint8, one dimension."""
-    planes = torch.cat([state["owners"][n].cpu() for n in state["parameters"]], dim=1)
-    return _bytes(zlib.compress(planes.numpy()))
-
-
-def _unpacked_owners(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """The planes [planes, bytes] again; never more than that, whatever the file holds."""
-    inflate = zlib.decompressobj()
-    # A byte more than wanted, so that too many are seen.
-    flat = inflate.decompress(packed.numpy().tobytes(), shape[0] * shape[1] + 1)
-    if len(flat) != shape[0] * shape[1] or not inflate.eof or inflate.unused_data:
-        raise ValueError(f"the owners do not unpack to {shape[0]} planes of {shape[1]} bytes")
-    return _bytes(flat).view(shape)
-
-
-def _bytes(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(numpy.frombuffer(data, numpy.uint8).copy())
 
 
 def _by_dtype(
@@ -142,14 +103,12 @@ def _by_dtype(
     return tensors
 
 
-def read(path: str | os.PathLike[str], *, recall: bool = False) -> dict[str, Any]:
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read and check a file; the counterpart of :func:`write` (``values`` is None if left out).
-
-    With ``recall`` a file of ``ExactRecall``, else one of ``BitStack``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        MaskFileError: it is not a mask file, is damaged, or is of another method or version.
+        MaskFileError: it is not a mask file, is damaged, or is of another version.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no mask file at {path}")
@@ -167,14 +126,11 @@ def read(path: str | os.PathLike[str], *, recall: bool = False) -> dict[str, Any
             f"{path} has format version {found[0]} with bit order {found[1]}, this package reads "
             f"version {VERSION} with {BIT_ORDER}"
         )
-    method = "ExactRecall" if recall else "BitStack"
-    if metadata.get("method") != method:
-        raise MaskFileError(f"{path} was saved by {metadata.get('method')}, not by {method}")
     if metadata.get("digest") != _digest(tensors, metadata):
         raise MaskFileError(f"{path} is damaged: its content is not what its digest says")
     try:
-        return (_recall_state if recall else _protect_state)(metadata, tensors)
-    except _DAMAGE as error:
+        return _state(metadata, tensors)
+    except DAMAGE as error:
         raise MaskFileError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -183,13 +139,6 @@ def _parameters(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         name: {"shape": [int(size) for size in shape], "dtype": str(dtype)}
         for name, shape, dtype in json.loads(metadata["parameters"])
     }
-
-
-def _names(metadata: Mapping[str, str]) -> list[str]:
-    names = json.loads(metadata["names"])
-    if not isinstance(names, list) or len({str(name) for name in names}) != len(names):
-        raise ValueError(f"the tasks' names are {names!r}")
-    return [str(name) for name in names]
 
 
 def _check_padding(name: str, packed: torch.Tensor, shape: list[int]) -> None:
@@ -205,9 +154,7 @@ def _check_tasks(name: str, tasks: list[list[int]], *, locked: int, size: int) -
         raise ValueError(f"the tasks' counts for {name} are not those of its {locked} locked")
 
 
-def _protect_state(
-    metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
-) -> dict[str, Any]:
+def _state(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     parameters = _parameters(metadata)
     sizes = [bits.packed_size(p["shape"]) for p in parameters.values()]
     packed = dict(zip(parameters, tensors["masks"].split(sizes), strict=True))
@@ -228,31 +175,6 @@ def _protect_state(
         "bits": packed,
         "values": _values(parameters, [counts], tensors)[0] if has_values else None,
         "tasks": tasks,
-    }
-
-
-def _recall_state(
-    metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
-) -> dict[str, Any]:
-    parameters, names = _parameters(metadata), _names(metadata)
-    sizes = [bits.packed_size(p["shape"]) for p in parameters.values()]
-    owners = _unpacked_owners(tensors["owners"], (len(names).bit_length(), sum(sizes)))
-    planes = dict(zip(parameters, owners.split(sizes, dim=1), strict=True))
-    counts: list[dict[str, int]] = [{} for _ in names]
-    for name, own in planes.items():
-        for plane in own:
-            _check_padding(name, plane, parameters[name]["shape"])
-        for task in range(len(names)):
-            counts[task][name] = bits.count(bits.owned(own, task))
-        if bits.count(bits.owned_by_any(own)) != sum(task[name] for task in counts):
-            raise ValueError(f"{name} has entries of a task that is not there")
-    return {
-        "settings": dict(json.loads(metadata["settings"])),
-        "names": names,
-        "parameters": parameters,
-        "owners": planes,
-        "values": _values(parameters, counts, tensors),
-        "base": {str(name): str(value) for name, value in json.loads(metadata["base"]).items()},
     }
 
 
@@ -291,18 +213,6 @@ def check_match(
             faults.append(f"{name} is {own.dtype}, its locked values {other['dtype']}")
     if faults:
         raise MaskFileError("the masks belong to another model: " + "; ".join(sorted(faults)))
-
-
-def check_base(stored: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Raise a MaskFileError that names the tensors whose digests differ."""
-    names = stored.keys() | found.keys()
-    wrong = sorted(name for name in names if stored.get(name) != found.get(name))
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
-        raise MaskFileError(
-            f"the tasks were trained on another base: {', '.join(wrong[:3])}{more} of {len(names)} "
-            "tensors differ. Load the checkpoint that the stack was made with, as it was then"
-        )
 
 
 def _values_key(dtype: str) -> str:

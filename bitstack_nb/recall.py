@@ -1,8 +1,10 @@
-"""Exact recall, our extension: each task trains weights of its own on one base.
+"""ExactRecall: each task trains its own weights on the base, and its model comes back bit for bit.
 
-Every task starts from the base and moves its own weights and the head only, so that the model of
-any task can be put together again bit for bit. ``owners`` keeps the books; here is the order of
-things (begin, close, switch) and its errors.
+A task is a name, a head, label names and own weights: positions in the eligible parameters of one
+base, and their values. Its model is the base with these values put in, whatever was trained before
+or after. Tasks know nothing of each other, and their own weights may overlap.
+
+``own`` trains own weights, ``exchange`` puts a task into the model, ``taskfile`` is the file.
 """
 
 from __future__ import annotations
@@ -10,16 +12,20 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from bitstack_nb import eligible, maskfile, ranks
+from bitstack_nb import eligible, ranks, taskfile
+from bitstack_nb import head as heads
+from bitstack_nb.base import Base
+from bitstack_nb.bits import differing, take
+from bitstack_nb.exchange import Block, Exchange
 from bitstack_nb.fitting import (
     HEAD_LEARNING_RATE,
     HEAD_STEPS,
@@ -28,10 +34,12 @@ from bitstack_nb.fitting import (
     fit_heads,
     put_back_on_error,
 )
-from bitstack_nb.guard import Guard
-from bitstack_nb.importance import check_batches, choose, measure, random_scores
-from bitstack_nb.locks import Masks
-from bitstack_nb.owners import Owners
+from bitstack_nb.guard import LockedWeightsMoved, guarded
+from bitstack_nb.head import Head
+from bitstack_nb.importance import check_batches, choose, measure
+from bitstack_nb.locks import Masks, TaskLocks, layer_table
+from bitstack_nb.maskfile import MaskFileError, check_match
+from bitstack_nb.own import Layout, Own, Vector, random_positions
 from bitstack_nb.settings import IMPORTANCES, RANDOM, check_settings
 
 if TYPE_CHECKING:
@@ -40,24 +48,53 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# All that were made for a model: no two of them may show a task on it at a time.
+_of_model: WeakKeyDictionary[nn.Module, WeakSet[ExactRecall]] = WeakKeyDictionary()
+
+
+@dataclass
+class Task:
+    """One task, open or closed.
+
+    Attributes:
+        name: the task's.
+        labels: the names of its labels; None where the head in the model was taken as it was.
+        seed: of its random own weights and its new head.
+        own: its own weights; those of an open task are in its vector.
+        head: its modules, which stand in the model while the task is shown.
+        digests: of the closed task's head, by tensor.
+    """
+
+    name: str
+    labels: list[str] | None
+    seed: int
+    own: Own
+    head: Head
+    digests: dict[str, str] = field(default_factory=dict)
+
 
 class ExactRecall:
-    """Tasks with weights of their own over one base, each recalled bit for bit.
+    """Many tasks on one model, each with a head and a small share of the weights of its own.
 
-    Under ``torchrun`` every rank makes one and calls ``begin`` and ``measure`` with the others.
+    The model as given is the base. While a task is open, its own weights and its head are all that
+    trains: nothing else gets a gradient or is in the optimizer.
+
+    Under ``torchrun`` every rank makes one and calls ``begin`` and ``close`` with the others; a
+    model is wrapped in ``DistributedDataParallel`` after ``begin``.
 
     Args:
-        model: the base of every task's model, in any wrapper.
-        sparsity: share of the eligible weights that one task owns, 0 to 1.
-        exclude: strings; parameters with one of them in their name are never owned. ``None``
-            leaves out embeddings and the final norm, found from the model; heads always are.
+        model: any module whose forward gives ``.loss``, in any wrapper.
+        sparsity: share of the eligible weights that are one task's own, above 0, up to 1.
+        exclude: strings; parameters with one of them in their name are never a task's own. ``None``
+            leaves out embeddings and the final norm, found from the model. Heads always are.
         importance: ``"random"`` gives a task random weights; ``"gradient"``,
             ``"gradient-weight"`` and ``"fisher"`` those that matter most, as in ``BitStack``.
 
     Raises:
-        ValueError: a setting is out of range, the model has no eligible weights, no head, or
-            shards for parameters (FSDP, DeepSpeed ZeRO).
+        ValueError: a setting is out of range, the share rounds to no weight, or the model has no
+            eligible weights, no head, or shards for parameters (FSDP, DeepSpeed ZeRO).
         TypeError: the model is no module.
+        RuntimeError: another ExactRecall shows a task on this model.
     """
 
     def __init__(
@@ -75,19 +112,37 @@ class ExactRecall:
             "importance": importance,
         }
         self._model = eligible.unwrap(model)
+        self._check_alone()
         eligible.trainable_heads(self._model)  # or an error now
-        own, fixed = eligible.recall_parameters(self._model, self.settings["exclude"])
-        self._owners = Owners(own, fixed, partial(eligible.backbone_buffers, self._model))
-        if not self._owners.eligible:
+        own, fixed = eligible.recall_parameters(self._model, exclude)
+        self._layout = Layout(own)
+        self._budget = round(sparsity * self._layout.size)
+        if not self._budget:
             raise ValueError(
-                f"{type(self._model).__name__} has no eligible weights: every parameter is "
-                f"excluded, frozen or empty (exclude is {self.settings['exclude']!r})"
+                f"sparsity {sparsity:g} of the {self._layout.size:,} eligible weights of "
+                f"{type(self._model).__name__} is no weight: take a larger share, or exclude less "
+                f"(exclude is {self.settings['exclude']!r})"
             )
-        self._guard = Guard(self._model, self._owners)
-        self._names: list[str] = []  # the open task's too
-        self._running = 0
+        self._total = eligible.parameter_count(self._model)
+        self._parts = heads.part_names(self._model)
+        self._base_head = heads.present(self._model, self._parts)
+        self._base = Base(self._model, {**own, **fixed}, self._parts)
+        self._exchange = Exchange(self._model, self._layout, self._base)
+        self._tasks: dict[str, Task] = {}
+        self._begun = 0  # tasks closed so far, those removed since too
+        self._open: tuple[Task, Vector] | None = None
+        self._trained: dict[str, bool] = {}  # which parameters took gradients before begin()
+        _of_model.setdefault(self._model, WeakSet()).add(self)
 
-    # Tasks --------------------------------------------------------------------------------------
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExactRecall:
+        if self._open:
+            raise RuntimeError(f"{self._still_open()} Then copy")
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        _of_model.setdefault(copied._model, WeakSet()).add(copied)
+        return copied
+
+    # One task after the other -------------------------------------------------------------------
 
     def begin(
         self,
@@ -98,306 +153,456 @@ class ExactRecall:
         n_batches: int = 32,
         head_steps: int = HEAD_STEPS,
         head_learning_rate: float = HEAD_LEARNING_RATE,
-    ) -> dict[str, float]:
-        """Open a task: put the base back and give the task weights of its own.
+        seed: int | None = None,
+    ) -> None:
+        """Open a task: the base, a head, and own weights.
 
-        They are chosen among those that no task owns. Until :meth:`close` only they and the head
-        move.
+        Until :meth:`close` make optimizers from :meth:`parameters`, or give the Trainer
+        :meth:`callback`.
 
         Args:
-            name: of the task.
-            labels: None, so far: the task takes the head that is in the model.
-            loader: batches to fit the head on and to measure importance on, as for
-                ``BitStack.update``. None leaves the head as it is, and is for importance
-                ``"random"`` alone.
-            n_batches: how many importance is measured on; fewer are fine.
-            head_steps: Adam steps on the head, a batch each, from the first on again when they
-                are used up; 0 leaves the head as it is.
+            name: of the task, a new one.
+            labels: names of its labels: the task gets a new head for them. None takes the head that
+                is in the model now, as it is.
+            loader: batches, each a mapping with ``labels``. With it the head is fitted on the base
+                first; without it own weights can only be random.
+            n_batches: how many importance is measured on, if it is measured; fewer are fine.
+            head_steps: Adam steps on the head, a batch each, from the first on again when they are
+                used up; 0 leaves the head as it is.
             head_learning_rate: of these steps.
-
-        Returns:
-            The new :meth:`stats`.
+            seed: of the random own weights and the new head; None takes the number of tasks closed
+                so far.
 
         Raises:
-            ValueError, TypeError: the name is taken, too few weights are left (the message says
-                how many tasks fitted), or as in ``BitStack.update``. Nothing has changed.
-            RuntimeError: a task is open already.
-            maskfile.MaskFileError: the base of a loaded file has moved since.
+            ValueError, TypeError: an argument is wrong, or as in ``BitStack.update``. Nothing has
+                changed.
+            RuntimeError: a task is open already, or a ``using`` block.
+            LockedWeightsMoved: something moved the base.
         """
-        owners = self._owners
-        with ranks.agreed():
-            self._check_not_running("begin")
-            self._check_new(name, labels)
-            check_fitting(head_steps, head_learning_rate)
-            self._guard.check_still_the_models()
-            budget = self._next_budget()
-            heads = eligible.trainable_heads(self._model)
-            batches: list[Mapping[str, Any]] = []
-            if loader is not None or self.settings["importance"] != RANDOM:
-                check_batches(loader, n_batches)
-                batches = first_batches(loader, max(n_batches, head_steps), heads[0].device)
-        owners.keep_base()
-        with put_back_on_error(heads), owners.shown_as_before_on_error():
-            owners.show(None)
-            owners.restore()
-            ranks.check_same(owners.held, "weights of the base")
-            if batches:
-                fit_heads(
-                    self._model, heads, batches, steps=head_steps, learning_rate=head_learning_rate
+        with self._exchange.lock:
+            with ranks.agreed():
+                self._check_new(name, labels)
+                check_fitting(head_steps, head_learning_rate)
+                batches = self._batches(loader, n_batches, head_steps)
+                self.verify()
+            seed = self._begun if seed is None else seed
+            ranks.check_equal({"name": name, "labels": labels, "seed": seed}, "tasks")
+            ranks.check_equal(self._base.digests, "weights of the base")
+            shown, head_before = self._exchange.shown, heads.present(self._model, self._parts)
+            try:
+                head = self._new_head(labels, head_before, seed=f"{seed}/{name}")
+                self._exchange.show(None, None, head)
+                head.set_trainable(True)
+                trained = [p for _, p in head.named_parameters() if p.requires_grad]
+                with put_back_on_error(trained):
+                    steps, rate = head_steps if batches else 0, head_learning_rate
+                    fit_heads(self._model, trained, batches, steps=steps, learning_rate=rate)
+                    own = self._choose(batches, n_batches, seed=seed)
+                    self._start(Task(name, labels and list(labels), seed, own, head))
+            except BaseException:  # an interrupt too
+                self._end()
+                self._show(shown, head_before)
+                raise
+        logger.info("task %r is open with %d own weights", name, sum(own.counts))
+
+    def parameters(
+        self, *, lr: float | None = None, head_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Parameter groups of the open task for any torch optimizer: own weights, then the head.
+
+        Args:
+            lr: learning rate of the own weights; None leaves it to the optimizer.
+            head_lr: of the head; None takes ``lr``.
+
+        Raises:
+            RuntimeError: no task is open.
+        """
+        task, vector = self._opened("parameters()")
+        vector.start()
+        groups = [
+            {"params": list(vector.parameters)},
+            {"params": [p for _, p in task.head.named_parameters() if p.requires_grad]},
+        ]
+        for group, rate in zip(groups, (lr, lr if head_lr is None else head_lr), strict=True):
+            if rate is not None:
+                group["lr"] = rate
+        return groups
+
+    def callback(self) -> TrainerCallback:
+        """The same for the transformers ``Trainer``: ``Trainer(callbacks=[...])``."""
+        from bitstack_nb.trainer import ExactRecallCallback
+
+        return ExactRecallCallback(self)
+
+    def pause(self) -> None:
+        """Let the own weights take no gradient until :meth:`parameters` or a Trainer begins."""
+        self._opened("pause()")[1].stop()
+
+    def close(self, *, values: str | None = None) -> None:
+        """Keep the open task; its own weights and its head are final then.
+
+        Args:
+            values: ``"bfloat16"`` rounds the own weights first, which halves the file.
+
+        Raises:
+            RuntimeError: no task is open, or training has diverged (NaN or infinite weights).
+            LockedWeightsMoved: something else moved.
+        """
+        if values not in (None, "bfloat16"):
+            raise ValueError(f"values is {values!r}, expected None or 'bfloat16'")
+        with self._exchange.lock:
+            task, vector = self._opened("close()")
+            self._exchange.check_no_block("close()")
+            self._show(task.name)  # another may be shown
+            tensors = [*vector.parameters, *(p for _, p in task.head.named_parameters())]
+            if not all(t.isfinite().all() for t in tensors):
+                raise RuntimeError(
+                    f"task {task.name!r} has NaN or infinite weights: training has diverged. "
+                    "abandon() gives it up; begin it again with a smaller learning rate"
                 )
-            scores = self._scores(batches, n_batches)
-            chosen = choose(scores, budget, without=self.masks, ties=False)
-            ranks.check_same(chosen, "weights to train")
-            owners.open(chosen)
-            self._names = [*self._names[: owners.closed], name]
-        self._guard.add_gradient_hooks()
-        logger.info("task %s may train %d weights", name, budget)
-        return self.stats()
+            self.verify()
+            dtypes = [v.dtype if values is None else torch.bfloat16 for v in vector.parameters]
+            rounded = [v.detach().to(d) for v, d in zip(vector.parameters, dtypes, strict=True)]
+            task.own = vector.own._replace(values=rounded)
+            self._layout.write(task.own)
+            self._exchange.own = task.own
+            task.head.config = heads.present(self._model, self._parts).config
+            task.digests = task.head.digests()
+            self._tasks[task.name] = task
+            self._end()
+            task.head.set_trainable(False)
+            self._begun += 1
+        logger.info("task %r is closed", task.name)
 
-    def close(self) -> dict[str, float]:
-        """Close the open task: its own weights and their values are final then.
+    def abandon(self) -> None:
+        """Give up the open task; the model is the base then."""
+        with self._exchange.lock:
+            self._opened("abandon()")
+            self._exchange.check_no_block("abandon()")
+            self._show(None)
+            self._end()
 
-        Returns:
-            The new :meth:`stats`.
+    def remove(self, name: str) -> None:
+        """Forget a closed task; nothing of it is left."""
+        with self._exchange.lock:
+            if name not in self._tasks:
+                raise ValueError(self._no_task(name))
+            self._exchange.check_no_block("remove()")
+            if self._exchange.shown == name:
+                self._show(None)
+            del self._tasks[name]
 
-        Raises:
-            RuntimeError, LockedWeightsMoved: no task is open; something else moved in it.
-        """
-        self._check_not_running("close")
-        if not self._owners.is_open:
-            raise RuntimeError("no task is open: begin(name), train, then close()")
-        self._owners.show(self._owners.closed)  # two interrupts may have left another shown
-        self._guard.verify()
-        self._owners.close()
-        logger.info("task %s is closed", self._names[-1])
-        return self.stats()
+    # Which task the model is --------------------------------------------------------------------
 
-    def switch(self, name: str | None) -> None:
-        """Turn the model into that of a closed task, or with None into the base, until told else.
+    def switch(self, name: str | None) -> nn.Module:
+        """Make the model that of a task, bit for bit, with its head; None is the base.
 
-        Values are exchanged in place, for every user of the model. The head is not exchanged: put
-        the task's into the model as well. Only what tasks own is exchanged: what was moved by hand,
-        or by an optimizer that is not attached, stays moved (:meth:`verify` tells).
+        Values are exchanged in place, for every user of the model. Where several threads or
+        coroutines use the model, take :meth:`using`.
 
         Raises:
             ValueError: there is no such task.
+            RuntimeError: within a ``using`` block.
         """
-        number = None if name is None else self._number(name)
-        self._guard.check_still_the_models()
-        self._owners.show(number)
+        with self._exchange.lock:
+            self._exchange.check_no_block("switch()")
+            self._show(name)
+        return self._model
 
-    @contextmanager
-    def using(self, name: str | None) -> Iterator[nn.Module]:
-        """Within the ``with`` block the model is, bit for bit, a task's, as after :meth:`switch`.
+    def using(self, name: str | None) -> Block:
+        """Within the ``with`` block the model is that of a task; then again what it was.
 
-        Blocks may be nested; leaving one, by an exception too, brings back exactly what was there.
+        Another thread that wants a task waits for the end of the block. Blocks may be nested in the
+        code that a block runs; another coroutine or generator gets an error meanwhile.
+
+        Raises:
+            ValueError: there is no such task.
+            RuntimeError: a block of another coroutine or generator is open.
         """
-        before = self._owners.shown
-        self._running += 1
-        try:
-            self.switch(name)
-            yield self._model
-        finally:
-            self._running -= 1
-            try:
-                self._owners.show(before)
-            except KeyboardInterrupt:  # or an open task would be left for good, and train no more
-                self._owners.show(before)
-                raise
+        return Block(self._exchange, lambda: self._show(name), self._parts)
 
     def export(self, name: str | None) -> nn.Module:
-        """A copy of a task's model, with the head that is in it now, without hooks."""
-        with self.using(name) as model:
-            exported = copy.deepcopy(model)
+        """A plain copy of a task's model, with its head and label names; None is the base."""
+        with self.using(name):
+            vector = self._open[1].out_of_the_model() if self._open else nullcontext()
+            with vector:
+                exported = copy.deepcopy(self._model)
         if "_original_forward" in vars(exported) and "_hf_hook" not in vars(exported):
             # The autocast wrapper that a Trainer leaves behind would run the model copied from.
             del exported.forward, exported._original_forward
+        trained = self._trained or {n: p.requires_grad for n, p in self._base.parameters.items()}
+        for own, parameter in exported.named_parameters():
+            known = trained.get(eligible.canonical(own), parameter.is_floating_point())
+            parameter.requires_grad_(known)
         return exported
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The closed tasks, in the order of :meth:`begin`."""
-        return tuple(self._names[: self._owners.closed])
+    def _show(self, name: str | None, head: Head | None = None) -> None:
+        if name is None:
+            self._exchange.show(None, None, head or self._base_head)
+        else:
+            self._check_alone()
+            task = self._task(name)
+            self._exchange.show(name, self._own(task), head or task.head)
 
-    def measure(
-        self, loader: Iterable[Mapping[str, Any]], n_batches: int = 32
-    ) -> dict[str, torch.Tensor]:
-        """The importance that :meth:`begin` would go by, of the model as it stands."""
-        self._guard.check_still_the_models()
-        return self._scores(loader, n_batches)
-
-    # The guarantee ------------------------------------------------------------------------------
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Keep all but the open task's weights and the head exact through this optimizer's steps.
-
-        Raises:
-            ValueError: the optimizer holds none of the model's parameters.
-            TypeError: it is no optimizer.
-            maskfile.MaskFileError: the base of a loaded file has moved since.
-        """
-        self._owners.keep_base()  # to put back from; what was loaded has none
-        return self._guard.attach(optimizer)
-
-    def detach(self) -> None:
-        """Remove every gradient and optimizer hook; :meth:`attach` resumes."""
-        self._guard.detach()
-
-    def callback(self) -> TrainerCallback:
-        """The same guarantee for the transformers ``Trainer``: ``Trainer(callbacks=[...])``."""
-        from bitstack_nb.trainer import GuardCallback
-
-        return GuardCallback(self)
-
-    def restore(self) -> None:
-        """Put back everything but the open task's weights and the head."""
-        self._guard.check_still_the_models()
-        self._owners.restore()
-
-    def verify(self) -> int:
-        """Count the weights that may not move and are not bit for bit what they must be: 0.
-
-        What was loaded compares the present task's own weights only, until ``attach`` or ``begin``
-        copies the base.
-
-        Raises:
-            LockedWeightsMoved: some moved; the message says how many, and where.
-        """
-        self._guard.verify()
-        return 0
+    # What there is ------------------------------------------------------------------------------
 
     @property
-    def handles(self) -> dict[str, RemovableHandle]:
-        """One gradient hook per parameter with weights that may not move, by name."""
-        return self._guard.handles
+    def names(self) -> list[str]:
+        """The closed tasks, in the order of closing."""
+        return list(self._tasks)
 
     @property
-    def hook_calls(self) -> dict[str, int]:
-        """How often each gradient hook was called."""
-        return self._guard.hook_calls
-
-    # Who owns what ------------------------------------------------------------------------------
+    def shown(self) -> str | None:
+        """The task that the model is now; None is the base."""
+        return self._exchange.shown
 
     def mask(self, name: str) -> Mapping[str, torch.Tensor]:
-        """A task's own weights: parameter name -> bool tensor of its shape, unpacked on look-up."""
-        number = self._number(name)
-        return Masks(self._owners.parameters, partial(self._owners.own_mask, number))
+        """By parameter a bool tensor of its shape, True at the task's own weights."""
+        own, parameters = self._task(name).own, self._layout.parameters
+        where = dict(zip(parameters, own.positions.split(own.counts), strict=True))
 
-    @property
-    def masks(self) -> Mapping[str, torch.Tensor]:
-        """The weights that any task owns, the open one too, as :meth:`mask` gives them."""
-        return Masks(self._owners.parameters, self._owners.mask)
+        def unpacked(parameter: str) -> torch.Tensor:
+            shape, device = parameters[parameter].shape, parameters[parameter].device
+            mask = torch.zeros(shape, dtype=torch.bool, device=device)
+            mask.view(-1)[where[parameter].to(device, torch.int64)] = True
+            return mask
+
+        return Masks(parameters, unpacked)
 
     def stats(self) -> dict[str, float]:
-        """Owned, total and eligible weights; owned in percent of all and of the eligible."""
-        owned, total = self._owners.count, eligible.parameter_count(self._model)
+        """The weights that are any task's own (``locked``), all, and the eligible; in percent."""
+        locked = sum(locks.added for task in self._locks() for locks in task.values())
         return {
-            "locked": owned,
-            "total": total,
-            "eligible": self._owners.eligible,
-            "locked_pct": 100 * owned / total,
-            "frozen_pct": 100 * owned / self._owners.eligible,
+            "locked": locked,
+            "total": self._total,
+            "eligible": self._layout.size,
+            "locked_pct": 100 * locked / self._total,
+            "frozen_pct": 100 * locked / self._layout.size,
         }
 
     def layer_table(self) -> pandas.DataFrame:
-        """One row per layer, module and task; columns as in ``BitStack.layer_table``."""
-        return self._owners.layer_table()
+        """One row per layer, module and task.
 
-    # Files --------------------------------------------------------------------------------------
+        Columns: layer (<NA> outside the blocks), module, task (from 1, in the order of ``names``),
+        eligible, selected (the task's own weights), added (of those, no earlier task's), locked
+        (any task's so far), lock_fraction (locked over eligible, 0 to 1).
+        """
+        return layer_table(self._layout.parameters, self._locks())
 
-    def state_dict(self) -> dict[str, Any]:
-        """Settings, names, parameter shapes and dtypes, packed owners, values, the base's digests.
+    def _locks(self) -> list[dict[str, TaskLocks]]:
+        """Own weights by task and parameter, and how many of them are no earlier task's."""
+        tasks = [*self._tasks.values(), *([self._open[0]] if self._open else [])]
+        split = [task.own.positions.split(task.own.counts) for task in tasks]
+        counted: list[dict[str, TaskLocks]] = [{} for _ in tasks]
+        for at, (name, parameter) in enumerate(self._layout.parameters.items()):
+            taken = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
+            for task, positions in zip(counted, split, strict=True):
+                own = positions[at].to(taken.device, torch.int64)
+                task[name] = TaskLocks(len(own), len(own) - int(taken[own].sum()))
+                taken[own] = True
+        return counted
+
+    def verify(self) -> int:
+        """Count the tensors that are not bit for bit what they must be: 0.
+
+        The base is compared by its digests, own weights and the head of a closed task with what was
+        kept of them.
 
         Raises:
-            RuntimeError: a task is open.
+            LockedWeightsMoved: some moved; the message says which.
         """
-        state = self._owners.state_dict()
-        return {"settings": dict(self.settings), "names": list(self.names), **state}
+        with self._exchange.lock:
+            eligible.refuse_shards(self._model)
+            self._base.check_present()
+            covered = self._exchange.covered
+            pieces = {} if covered is None else {p.name: p for p in self._layout.pieces(covered)}
+            moved = self._base.moved(pieces)
+            if self._exchange.shown is not None:
+                moved += self._moved_of(self._task(self._exchange.shown))
+        if moved:
+            raise LockedWeightsMoved(
+                f"{len(moved)} tensors are not what they were: {', '.join(moved[:3])}"
+                f"{' ...' if moved[3:] else ''}. Something moved them that was not the optimizer "
+                "of an open task: load the base anew, and the tasks from their file"
+            )
+        return 0
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over tasks; the model must hold the base, and is the last task's afterwards.
+    def _moved_of(self, task: Task) -> list[str]:
+        """The tensors with own weights of a task, and those of its head, that have moved."""
+        own = [
+            piece.name
+            for piece in self._layout.pieces(self._own(task))
+            if differing(take(piece.parameter, piece.where), piece.values)
+        ]
+        found = task.head.digests() if task.digests else {}
+        head = [name for name, own_digest in found.items() if own_digest != task.digests[name]]
+        return [f"{name} (own weights of {task.name!r})" for name in own] + [
+            f"{name} (head of {task.name!r})" for name in head
+        ]
 
-        Raises:
-            maskfile.MaskFileError: the state does not match the model; every mismatch is named
-                and nothing has changed.
-            RuntimeError: a task is open.
-        """
-        self._check_not_running("load_state_dict")
-        self._owners.load_state_dict(state)
-        self._names = list(state["names"])
-        self.settings.update(state["settings"])
-        self._guard.add_gradient_hooks()
+    # Keeping it ---------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tasks as safetensors; heads are not in it."""
-        maskfile.write(path, self.state_dict())
+        """Write all closed tasks with their heads as one safetensors file.
+
+        Raises:
+            RuntimeError: a task is open.
+        """
+        with self._exchange.lock:
+            if self._open:
+                raise RuntimeError(self._still_open())
+            taskfile.write(
+                path,
+                self._tasks.values(),
+                settings=self.settings,
+                parameters=self._layout.parameters,
+                base=self._base.digests,
+                begun=self._begun,
+            )
+
+    def own_bytes(self) -> int:
+        """Bytes that the own weights of all closed tasks take in a file."""
+        return sum(taskfile.own_bytes(t.own, self._layout.sizes) for t in self._tasks.values())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], base_model: nn.Module) -> ExactRecall:
-        """The tasks saved at ``path``, on their base, which is the last task's model afterwards.
+        """The tasks saved at ``path``, on their base; the model stays as it is.
 
         The model may be frozen, as for inference.
 
         Raises:
             FileNotFoundError: there is no such file.
-            maskfile.MaskFileError: it is damaged, foreign or of another base; the model is
-                untouched.
+            maskfile.MaskFileError: it is damaged, foreign, or of another base.
             TypeError: the model is no module.
         """
-        whole, state = eligible.unwrap(base_model), maskfile.read(path, recall=True)
+        whole, state = eligible.unwrap(base_model), taskfile.read(path)
         try:
             names = {*state["parameters"], *eligible.head_parameters(whole)}
             with eligible.trainable(whole, names):
                 tasks = cls(base_model, **state["settings"])
+            check_match(state["parameters"], tasks._layout.parameters)
+            tasks._base.check_same(state["base"])
+            for record in state["tasks"]:
+                head = heads.restored(
+                    whole, tasks._base_head, record.pop("head"), config=record.pop("config")
+                )
+                tasks._tasks[record["name"]] = Task(**record, head=head, digests=head.digests())
         except (TypeError, ValueError) as error:
-            raise maskfile.MaskFileError(f"{path} does not fit this model: {error}") from error
-        tasks.load_state_dict(state)
-        tasks._owners.release_base()  # attach and begin make another
+            raise MaskFileError(f"{path} does not fit this model: {error}") from error
+        tasks._begun = state["begun"]
         return tasks
 
-    # Errors and choices -------------------------------------------------------------------------
-
-    def _scores(
-        self, loader: Iterable[Mapping[str, Any]], n_batches: int
-    ) -> dict[str, torch.Tensor]:
-        parameters, how = self._owners.parameters, self.settings["importance"]
-        if how == RANDOM:
-            frozen = {n: torch.zeros_like(p) for n, p in parameters.items() if not p.requires_grad}
-            random = random_scores({n: p for n, p in parameters.items() if n not in frozen}, seed=0)
-            return {name: (random | frozen)[name].float() for name in parameters}
-        with self._guard.lifted():
-            return measure(self._model, parameters, loader, n_batches=n_batches, importance=how)
-
-    def _number(self, name: str) -> int:
-        known = self._names[: self._owners.closed + self._owners.is_open]
-        if name not in known:
-            raise ValueError(f"task is {name!r}, expected None or one of {', '.join(known)}")
-        return known.index(name)
+    # Parts of begin and close -------------------------------------------------------------------
 
     def _check_new(self, name: str, labels: Sequence[str] | None) -> None:
+        self._exchange.check_no_block("begin()")
+        if self._open:
+            raise RuntimeError(self._still_open())
         if not isinstance(name, str) or not name:
             raise ValueError(f"name is {name!r}, expected the task's name, a string")
-        if name in self.names:
-            raise ValueError(f"there is a task {name!r} already: choose another name")
+        if name in self._tasks:
+            raise ValueError(f"there is a task {name!r} already: choose another name, or remove it")
         if labels is not None:
-            raise NotImplementedError("labels: the task takes the head that is in the model")
+            heads.check_labels(labels)
+        self._check_alone()
 
-    def _check_not_running(self, method: str) -> None:
-        """Raise a RuntimeError in a ``using`` block: leaving it has to find what it left."""
-        if self._running:
-            raise RuntimeError(f"{method}() within a using(...) block: leave the block first")
+    def _batches(
+        self, loader: Iterable[Mapping[str, Any]] | None, n_batches: int, head_steps: int
+    ) -> list[Mapping[str, Any]]:
+        if loader is None and self.settings["importance"] == RANDOM:
+            return []
+        check_batches(loader, n_batches)
+        device = next(self._model.parameters()).device
+        return first_batches(loader, max(n_batches, head_steps), device)
 
-    def _next_budget(self) -> int:
-        """Weights for the next task."""
-        owners, done, sparsity = self._owners, self._owners.closed, self.settings["sparsity"]
-        if owners.is_open:
-            raise RuntimeError(f"task {self._names[done]!r} is still open: close() it first")
-        budget, left = round(sparsity * owners.eligible), owners.eligible - owners.count
-        # Rounding may leave the last of the tasks that fit a few weights short.
-        if budget > left and (done + 1) * sparsity > 1 + 1e-9:
-            raise ValueError(
-                f"{done} task{'s' if done != 1 else ''} fitted, and no further one: at sparsity "
-                f"{sparsity:g} it takes {budget:,} of {owners.eligible:,} eligible weights, "
-                f"and {left:,} are left. A smaller sparsity makes room for more tasks"
+    def _new_head(self, labels: Sequence[str] | None, present: Head, *, seed: str) -> Head:
+        if labels is not None:
+            return heads.labelled(self._model, self._base_head, labels, seed=seed)
+        # The modules stay in the model, for whoever holds them; another owner keeps a copy.
+        for owner in (self._base_head, *(task.head for task in self._tasks.values())):
+            if owner.parts == present.parts:
+                owner.parts = heads.copied(self._model, owner).parts
+        return present
+
+    def _choose(self, batches: list[Mapping[str, Any]], n_batches: int, *, seed: int) -> Own:
+        """The new task's own weights; the model is the base with the task's head."""
+        parameters, how = self._layout.parameters, self.settings["importance"]
+        if how == RANDOM:
+            return self._layout.own(random_positions(parameters, self._budget, seed=seed))
+        with eligible.trainable(self._model, parameters):
+            scores = measure(self._model, parameters, batches, n_batches=n_batches, importance=how)
+        chosen = choose(scores, self._budget, ties=False)
+        ranks.check_same(chosen, "weights to train")
+        return self._layout.own([mask.flatten().nonzero().flatten() for mask in chosen.values()])
+
+    def _start(self, task: Task) -> None:
+        """Make a task the open one; nothing but its head takes gradients for now."""
+        self._trained = {n: p.requires_grad for n, p in self._base.parameters.items()}
+        for parameter in self._base.parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        host = getattr(self._model, getattr(self._model, "base_model_prefix", "") or " ", None)
+        vector = Vector(
+            host if isinstance(host, nn.Module) else self._model,
+            self._layout,
+            task.own,
+            shown=lambda: self._exchange.shown == task.name,
+            after_step=self._base.put_back_buffers,
+            after_load=self.verify,
+        )
+        self._open = task, vector
+        vector.register()
+        if ranks.count() > 1:  # DDP reduces the head's gradients only; the vector sees to its own
+            head = {id(p) for _, p in task.head.named_parameters()}
+            others = [n for n, p in self._model.named_parameters() if id(p) not in head]
+            # DDP writes the name of a parameter outside all submodules with a point.
+            dotted = [f".{name}" for name in others if "." not in name]
+            self._model._ddp_params_and_buffers_to_ignore = others + dotted
+        self._show(task.name)
+
+    def _end(self) -> None:
+        """Let go of the open task, if there is one."""
+        if self._open:
+            self._open[1].remove()
+            self._open = None
+            vars(self._model).pop("_ddp_params_and_buffers_to_ignore", None)
+        for name, trained in self._trained.items():
+            self._base.parameters[name].requires_grad_(trained)
+        self._trained = {}
+
+    # Errors -------------------------------------------------------------------------------------
+
+    def _task(self, name: str) -> Task:
+        if self._open and self._open[0].name == name:
+            return self._open[0]
+        if name not in self._tasks:
+            raise ValueError(self._no_task(name))
+        return self._tasks[name]
+
+    def _own(self, task: Task) -> Own:
+        return self._open[1].own if self._open and self._open[0] is task else task.own
+
+    def _no_task(self, name: object) -> str:
+        known = ", ".join(map(repr, self._tasks)) or "none yet"
+        return f"there is no task {name!r}, only {known} and None, the base"
+
+    def _opened(self, method: str) -> tuple[Task, Vector]:
+        if not self._open:
+            raise RuntimeError(f"{method} needs an open task: begin(name) opens one")
+        return self._open
+
+    def _still_open(self) -> str:
+        return f"task {self._open[0].name!r} is open: close() keeps it, abandon() gives it up."
+
+    def _check_alone(self) -> None:
+        if guarded(self._model):
+            raise RuntimeError(
+                "a BitStack has hooks on this model, so own weights that it locks would not "
+                "train: call its detach() first"
             )
-        return min(budget, left)
+        for other in _of_model.get(self._model, ()):
+            if other is not self and other.shown is not None:
+                raise RuntimeError(
+                    f"another ExactRecall shows its task {other.shown!r} on this model: its "
+                    "switch(None), or abandon() of an open task, brings the base back"
+                )

@@ -1,12 +1,15 @@
-"""The guarantee for the transformers Trainer: ``Trainer(..., callbacks=[stack.callback()])``."""
+"""Callbacks for the transformers Trainer: ``Trainer(..., callbacks=[stack.callback()])``."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bitstack_nb.guard import Guard
+
+if TYPE_CHECKING:
+    from bitstack_nb.recall import ExactRecall
 
 
 class GuardCallback(TrainerCallback):
@@ -42,3 +45,48 @@ class GuardCallback(TrainerCallback):
             LockedWeightsMoved: something changed the weights past the optimizer.
         """
         self._guard.verify()
+
+
+class ExactRecallCallback(TrainerCallback):
+    """Lets a Trainer train the open task's own weights and head, and nothing else.
+
+    The Trainer makes its optimizer from what takes gradients, which is these alone.
+    """
+
+    def __init__(self, tasks: ExactRecall) -> None:
+        self._tasks = tasks
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Let the own weights take gradients from now on.
+
+        Raises:
+            RuntimeError: no task is open, or the optimizer was made before the open one.
+        """
+        own, _ = self._tasks.parameters()
+        held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
+        if not held.issuperset(map(id, own["params"])):
+            raise RuntimeError(
+                "the Trainer's optimizer does not hold the task's own weights: make a Trainer of "
+                "tasks' model after begin()"
+            )
+        if args.gradient_checkpointing:
+            # Reentrant checkpointing needs an input with a gradient, and the embeddings have none.
+            kwargs["model"].enable_input_require_grads()
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Let the model's own weights take no gradient, so that the next Trainer may be made."""
+        self._tasks.pause()
+        if args.gradient_checkpointing:
+            kwargs["model"].disable_input_require_grads()

@@ -39,39 +39,40 @@ class LockedCase(unittest.TestCase):
 
 
 class RecallCase(unittest.TestCase):
-    """Tasks "0", "1", ... of exact recall; `self.after[t]` is the backbone just after task t."""
+    """Tasks "0", "1", ... of exact recall; `self.after[t]` is the whole model just after task t."""
 
     def trained(
-        self, model=None, *, tasks=3, sparsity=0.2, make_optimizer=ADAMW, **settings
+        self, model=None, *, tasks=3, sparsity=0.2, **settings
     ) -> tuple[torch.nn.Module, ExactRecall]:
-        """A model and its stack, each task trained for some steps with one attached optimizer."""
+        """A model and its tasks, each trained for some steps."""
         model = tiny.plain() if model is None else model
-        self.base, self.after = backbone(model), []
-        stack = ExactRecall(model, sparsity, **{"importance": "gradient"} | settings)
-        optimizer = make_optimizer(model.parameters())
-        stack.attach(optimizer)
+        self.base, self.after = tiny.snapshot(model), []
+        recall = ExactRecall(model, sparsity, **settings)
         for task in range(tasks):
-            self.train_task(model, stack, optimizer, task)
-        return model, stack
+            self.train_task(model, recall, task)
+        return model, recall
 
-    def train_task(self, model, stack, optimizer, task):
-        stack.begin(str(task), loader=tiny.batches(3, seed=task))
+    def train_task(self, model, recall, task, make_optimizer=ADAMW, **arguments):
+        recall.begin(str(task), loader=tiny.batches(3, seed=task), **arguments)
+        optimizer = make_optimizer(recall.parameters())
         tiny.train(model, optimizer, tiny.batches(4, seed=task), seed=task)
-        stack.close()
-        self.after.append(backbone(model))
+        recall.close()
+        self.after.append(tiny.snapshot(model))
 
-    def assert_bits(self, model, expected: dict, message=None):
-        """Every backbone tensor of the model has the expected bits."""
-        for name, value in backbone(model).items():
+    def assert_bits(self, model, expected: dict):
+        """Every tensor of the model has the expected bits."""
+        found = tiny.snapshot(model)
+        self.assertEqual(found.keys(), expected.keys())
+        for name, value in found.items():
             self.assertTrue(torch.equal(tiny.as_bits(value), tiny.as_bits(expected[name])), name)
 
-    def assert_recalls(self, model, stack):
+    def assert_recalls(self, model, recall):
         """Each task and the base come back bit for bit, in any order, and the present stays."""
-        before = backbone(model)
+        before = tiny.snapshot(model)
         for task in (*range(len(self.after)), None, *reversed(range(len(self.after)))):
-            with stack.using(None if task is None else str(task)):
+            with recall.using(None if task is None else str(task)):
                 self.assert_bits(model, self.base if task is None else self.after[task])
-                self.assertEqual(stack.verify(), 0)
+                self.assertEqual(recall.verify(), 0)
             self.assert_bits(model, before)
 
 

@@ -9,12 +9,9 @@ from bitstack_nb.bits import (
     count,
     differing,
     digest,
-    owned,
-    owned_by_any,
     pack,
     positions,
     unpack,
-    with_owner,
 )
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -78,23 +75,6 @@ class Patterns(unittest.TestCase):
             self.assertEqual((differing(one, other), differing(one, one)), (1, 0))
             self.assertNotEqual(digest(one), digest(other))
             self.assertEqual(digest(one), digest(one.repeat(2, 1).t()[:, 0]))
-
-
-class Owners(unittest.TestCase):
-    def test_disjoint_masks_in_planes(self):
-        generator = torch.Generator().manual_seed(0)
-        for device in DEVICES:
-            for shape in SHAPES:
-                owner = torch.randint(-1, 9, shape, generator=generator).to(device)
-                planes = torch.zeros(0, len(pack(owner > 0)), dtype=torch.uint8, device=device)
-                for task in range(9):
-                    planes = with_owner(planes, pack(owner == task), task)
-                    self.assertEqual(len(planes), (task + 1).bit_length())
-                    for earlier in range(task + 1):
-                        own = unpack(owned(planes, earlier), shape)
-                        self.assertTrue(torch.equal(own, owner == earlier))
-                    present = (owner >= 0) & (owner <= task)
-                    self.assertTrue(torch.equal(unpack(owned_by_any(planes), shape), present))
 
 
 if __name__ == "__main__":

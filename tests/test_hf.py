@@ -1,6 +1,5 @@
 """The Trainer callback: locked weights are exact after training by the transformers Trainer."""
 
-import copy
 import gc
 import logging
 import os
@@ -28,13 +27,16 @@ class Watch(TrainerCallback):
         self.stack, self.steps, self.locked_gradient = stack, 0, 0.0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if isinstance(self.stack, BitStack):
-            for name, mask in self.stack.masks.items():
-                self.locked_gradient += float(model.get_parameter(name).grad[mask].abs().sum())
+        for name, mask in self.stack.masks.items():
+            self.locked_gradient += float(model.get_parameter(name).grad[mask].abs().sum())
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps += 1
         self.stack.verify()
+
+
+def two_classes(rows):
+    return [{**row, "labels": row["labels"] % 2} for row in rows]
 
 
 class WithTrainer(LockedCase):
@@ -129,40 +131,79 @@ class WithTrainer(LockedCase):
         with self.assertRaises(ValueError):
             self.trainer(tiny.gpt2(), [stack.callback()]).train()
 
-    def test_recall_with_one_trainer_a_task(self):
-        """In bfloat16 too, with clipping, warm-up and accumulation; the export runs by itself."""
+    def test_exact_recall_with_one_trainer_a_task(self):
+        """What moves is own weights and the head; the Trainer's optimizer holds nothing else."""
         for arguments in (
             {"max_grad_norm": 0.1, "warmup_steps": 2, "gradient_accumulation_steps": 2},
             {"bf16": True},
+            {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": True},
+            },
         ):
             with self.subTest(str(arguments)):
                 model = tiny.gpt2()
-                base, after = tiny.snapshot(model), []
-                stack = ExactRecall(model, 0.2, importance="gradient")
-                for task in range(3):
-                    stack.begin(str(task), loader=tiny.batches(2, seed=task))
-                    watch = Watch(stack)
-                    self.trainer(model, [stack.callback(), watch], seed=task, **arguments).train()
-                    self.assertGreater(watch.steps, 2)
-                    stack.close()
-                    after.append(tiny.snapshot(model))
-                    moved = tiny.changed(model, base)
-                    self.assertFalse(moved["transformer.wte.weight"].any())
-                    self.assertTrue(moved["transformer.h.0.attn.c_attn.weight"].any())
-                for task, expected in enumerate(after):
-                    with stack.using(str(task)):
-                        moved = tiny.changed(model, expected)
-                        self.assertFalse(any(c.any() for n, c in moved.items() if "score" not in n))
-                    exported = stack.export(str(task))
-                    expected = copy.deepcopy(exported.state_dict())
-                    with torch.no_grad():
-                        model.transformer.wte.weight.add_(1.0)
-                        fresh = type(model)(model.config).eval()
-                        fresh.load_state_dict(expected)
-                        batch = tiny.batches(1, seed=9)[0]
-                        logits = exported.eval()(**batch).logits
-                        self.assertTrue(torch.equal(logits, fresh(**batch).logits))
-                    stack.restore()
+                base, after = tiny.snapshot(model), {}
+                recall = ExactRecall(model, 0.2)
+                for task, labels in {"a": ["no", "yes"], "b": None}.items():
+                    recall.begin(task, labels)
+                    trainer = self.trainer(model, [recall.callback()], **arguments)
+                    trainer.train_dataset = two_classes(trainer.train_dataset)
+                    trainer.train()
+                    held = [p for g in trainer.optimizer.param_groups for p in g["params"]]
+                    own = round(0.2 * recall.stats()["eligible"])
+                    self.assertEqual(sum(p.numel() for p in held), own + model.score.weight.numel())
+                    recall.close()
+                    after[task] = tiny.snapshot(model)
+                    for name, changed in tiny.changed(
+                        recall.export(task), base | {"score.weight": model.score.weight}
+                    ).items():
+                        mask = recall.mask(task).get(name, torch.zeros_like(changed))
+                        self.assertFalse(changed[~mask].any(), name)
+                        self.assertGreaterEqual(changed.sum(), 0.9 * mask.sum())
+                for task, expected in after.items():
+                    with recall.using(task):
+                        self.assertFalse(
+                            any(c.any() for c in tiny.changed(model, expected).values())
+                        )
+                    batch = {k: v for k, v in tiny.batches(1, seed=9)[0].items() if k != "labels"}
+                    exported = recall.export(task).eval()
+                    exported.save_pretrained(f"{self.folder}/{task}")
+                    fresh = type(model).from_pretrained(f"{self.folder}/{task}").eval()
+                    self.assertTrue(torch.equal(exported(**batch).logits, fresh(**batch).logits))
+
+    def test_exact_recall_resumes_within_a_task(self):
+        """From a Trainer's checkpoint in a new process, or it refuses before the first step."""
+        arguments = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 5}
+
+        def trained(seed, **resume):
+            model = tiny.gpt2()
+            recall = ExactRecall(model, 0.2)
+            recall.begin("task", ["a", "b", "c"], seed=seed)
+            self.trainer(model, [recall.callback()], **arguments).train(**resume)
+            recall.close()
+            return tiny.snapshot(model)
+
+        expected = trained(5)
+        checkpoint = f"{self.folder}/checkpoint-3"
+        resumed = trained(5, resume_from_checkpoint=checkpoint)
+        for name, value in expected.items():
+            self.assertTrue(torch.equal(resumed[name], value), name)
+        with self.assertRaisesRegex(LockedWeightsMoved, "transformer"):
+            trained(6, resume_from_checkpoint=checkpoint)
+
+    def test_exact_recall_with_a_trainer_from_before_the_task(self):
+        model = tiny.gpt2()
+        recall = ExactRecall(model, 0.2)
+        recall.begin("one")
+        trainer = self.trainer(model, [recall.callback()])
+        trainer.train()
+        recall.close()
+        with self.assertRaisesRegex(RuntimeError, "open task"):
+            trainer.train()
+        recall.begin("two")
+        with self.assertRaisesRegex(RuntimeError, r"make a Trainer.*after begin\(\)"):
+            trainer.train()
 
     def test_update_after_training_measures_as_before_it(self):
         """Half-precision training leaves a wrapped forward behind; importance stays float32."""

@@ -83,30 +83,19 @@ class Machine(RuleBasedStateMachine):
         self.make_optimizer = OPTIMIZERS[optimizer]
         protect = self.method is BitStack
         self.settings = {"budget": budget} if protect else {"importance": "gradient"}
-        self.sparsity, self.attached = sparsity, False
-        self.use(model := copy.deepcopy(self.fresh), self.method(model, sparsity, **self.settings))
-        names = [n for n, _ in model.named_parameters() if n.startswith("blocks.")]
-        assert list(self.stack.masks) == names
-        self.eligible = sum(model.get_parameter(name).numel() for name in names)
-        self.prepare(names)
+        self.sparsity = sparsity if protect else max(sparsity, 0.05)
+        model = copy.deepcopy(self.fresh)
+        self.names = [n for n, _ in model.named_parameters() if n.startswith("blocks.")]
+        self.use(model, self.method(model, self.sparsity, **self.settings))
+        self.eligible = sum(p.numel() for p in self.values().values())
+        self.prepare()
 
     def use(self, model, stack):
         self.model, self.stack = model, stack
         self.optimizer, self.attached = self.make_optimizer(model.parameters()), False
 
     def values(self):
-        return {name: self.model.get_parameter(name) for name in self.stack.masks}
-
-    @rule()
-    def attach(self):
-        self.stack.attach(self.optimizer)
-        self.attached = True
-
-    @rule()
-    def detach(self):
-        self.stack.detach()
-        assert not any(p._backward_hooks for p in self.model.parameters())
-        self.attached = False
+        return {name: self.model.get_parameter(name) for name in self.names}
 
     def steps(self, seed):
         for batch in batches(seed):
@@ -135,12 +124,24 @@ class Machine(RuleBasedStateMachine):
 class Protect(Machine):
     """``BitStack``."""
 
-    def prepare(self, names):
+    def prepare(self):
+        assert list(self.stack.masks) == self.names
         self.masks = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in self.values().items()}
         self.locked = {n: p.detach().clone() for n, p in self.values().items()}
 
     def to_load_onto(self):
         return copy.deepcopy(self.fresh)
+
+    @rule()
+    def attach(self):
+        self.stack.attach(self.optimizer)
+        self.attached = True
+
+    @rule()
+    def detach(self):
+        self.stack.detach()
+        assert not any(p._backward_hooks for p in self.model.parameters())
+        self.attached = False
 
     @rule(seed=st.integers(0, 99))
     def update(self, seed):
@@ -211,97 +212,69 @@ class Recall(Machine):
 
     method = ExactRecall
 
-    def prepare(self, names):
+    def prepare(self):
         self.base = {n: p.detach().clone() for n, p in self.values().items()}
         self.tasks = []  # the whole of each closed task's model
-        self.owners = {n: torch.zeros(p.shape, dtype=torch.int32) for n, p in self.base.items()}
-        self.is_open = False
+        self.is_open, self.shown = False, None
 
     def to_load_onto(self):
         return copy.deepcopy(self.fresh)
 
-    def room(self):
-        owned = sum(int((owner > 0).sum()) for owner in self.owners.values())
-        budget, left = round(self.sparsity * self.eligible), self.eligible - owned
-        fits = budget <= left or (len(self.tasks) + 1) * self.sparsity <= 1 + 1e-9
-        return min(budget, left) if fits else None
-
     @precondition(lambda self: not self.is_open)
     @rule(seed=st.integers(0, 99))
     def begin(self, seed):
-        with self.stack.using(None):
-            scores = self.stack.measure(batches(seed))
-        budget, name = self.room(), str(len(self.tasks))
-        if budget is None:
-            with pytest.raises(ValueError, match="no further one"):
-                self.stack.begin(name, loader=batches(seed), head_steps=1)
-            return
-        for own, score in scores.items():
-            score.masked_fill_(self.owners[own] > 0, 0)
-        chosen = self.chosen(scores, budget, ties=False)
-        self.stack.begin(name, loader=batches(seed), head_steps=1)
-        for own, mask in chosen.items():
-            self.owners[own][mask] = len(self.tasks) + 1
-            assert same_bits(self.model.get_parameter(own), self.base[own]).all()
-        self.is_open = True
+        self.stack.begin(str(len(self.tasks)), loader=batches(seed), head_steps=1, seed=seed)
+        assert all(same_bits(p, self.base[n]).all() for n, p in self.values().items())
+        self.is_open, self.shown = True, len(self.tasks)
 
     @precondition(lambda self: self.is_open)
-    @rule()
-    def close(self):
-        self.stack.restore()
-        self.stack.close()
-        self.tasks.append({n: p.detach().clone() for n, p in self.values().items()})
-        self.is_open = False
+    @rule(keep=st.booleans())
+    def end(self, keep):
+        self.stack.switch(str(len(self.tasks)))
+        if keep:
+            self.stack.close()
+            self.tasks.append({n: p.detach().clone() for n, p in self.values().items()})
+        else:
+            self.stack.abandon()
+        self.is_open, self.shown = False, len(self.tasks) - 1 if keep else None
 
+    @precondition(lambda self: self.is_open)
     @rule(seed=st.integers(0, 99))
     def train(self, seed):
-        self.attach()
-        self.steps(seed)
-        for name, value in self.values().items():
-            if self.is_open:
-                free = self.owners[name] != len(self.tasks) + 1
-                assert same_bits(value, self.base[name])[free].all()
-            elif self.tasks:
-                assert same_bits(value, self.tasks[-1][name]).all()
-
-    @rule()
-    def move_and_restore(self):
-        self.attach()  # a loaded stack has no copy of the base until then
-        own = {n: o == len(self.tasks) + 1 for n, o in self.owners.items()}
+        self.optimizer = self.make_optimizer(self.stack.parameters())
         before = {n: p.detach().clone() for n, p in self.values().items()}
-        with torch.no_grad():
-            for name, parameter in self.values().items():
-                moved = torch.where(own[name] & self.is_open, parameter, parameter + 1)
-                parameter.copy_(moved)
-        self.stack.restore()
-        assert all(same_bits(p, before[n]).all() for n, p in self.values().items())
+        self.steps(seed)
+        own = self.stack.mask(str(len(self.tasks)))
+        for name, value in self.values().items():
+            fixed = ~own[name] if self.shown == len(self.tasks) else torch.ones_like(own[name])
+            assert same_bits(value, before[name])[fixed].all()
 
     @precondition(lambda self: not self.is_open)
     @rule()
     def save_and_load(self):
+        self.stack.switch(None)
         self.saved()
+        self.shown = None
 
     @rule(data=st.data())
-    def recall(self, data):
-        task = data.draw(st.sampled_from([None, *range(len(self.tasks))]))
-        before = {n: p.detach().clone() for n, p in self.values().items()}
-        expected = self.base if task is None else self.tasks[task]
-        with self.stack.using(None if task is None else str(task)):
-            assert all(same_bits(p, expected[n]).all() for n, p in self.values().items())
-            assert self.stack.verify() == 0
-        assert all(same_bits(p, before[n]).all() for n, p in self.values().items())
+    def switch(self, data):
+        tasks = [None, *range(len(self.tasks) + self.is_open)]
+        self.shown = data.draw(st.sampled_from(tasks))
+        self.stack.switch(None if self.shown is None else str(self.shown))
 
     @invariant()
-    def the_books_are_right(self):
-        owned = sum(int((owner > 0).sum()) for owner in self.owners.values())
-        assert self.stack.stats()["locked"] == owned
-        assert self.stack.layer_table()["added"].sum() == owned
-        for name, owner in self.owners.items():
-            assert torch.equal(self.stack.masks[name], owner > 0)
-            for task, values in enumerate(self.tasks):
-                theirs = owner == task + 1
-                assert torch.equal(self.stack.mask(str(task))[name], theirs)
-                assert same_bits(values[name], self.base[name])[~theirs].all()
+    def the_model_is_the_shown_tasks(self):
+        assert self.stack.verify() == 0
+        if self.shown is None or self.shown < len(self.tasks):
+            expected = self.base if self.shown is None else self.tasks[self.shown]
+            assert all(same_bits(p, expected[n]).all() for n, p in self.values().items())
+        union = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in self.values().items()}
+        for number, values in enumerate(self.tasks):
+            for name, own in self.stack.mask(str(number)).items():
+                assert same_bits(values[name], self.base[name])[~own].all()
+                union[name] |= own
+        if not self.is_open:
+            assert self.stack.stats()["locked"] == sum(int(m.sum()) for m in union.values())
 
 
 FEW = settings(max_examples=20, stateful_step_count=15, suppress_health_check=list(HealthCheck))
@@ -319,9 +292,3 @@ def test_packed_equals_unpacked(shape, share, data):
     assert torch.equal(bits.unpack(packed, shape), owner > 0)
     assert bits.count(packed) == int((owner > 0).sum()) == len(bits.positions(packed, shape))
     assert torch.equal(bits.positions(packed, shape), owner.flatten().nonzero().flatten())
-    planes = torch.zeros(0, bits.packed_size(shape), dtype=torch.uint8)
-    for task in range(7):
-        planes = bits.with_owner(planes, bits.pack(owner == task + 1), task)
-    assert len(planes) == 3 and torch.equal(bits.owned_by_any(planes), packed)
-    for task in range(7):
-        assert torch.equal(bits.unpack(bits.owned(planes, task), shape), owner == task + 1)

@@ -110,7 +110,7 @@ class Recalled(unittest.TestCase):
     def test_the_same_batches_give_what_one_process_gets(self):
         alone, _ = recalled(lambda batches: batches)
         for _, (first, _) in self.ranks:
-            for what in ("head", "masks"):
+            for what in ("head", "masks", "after"):
                 self.assert_bits(first[what], alone[what])
 
     def assert_bits(self, found, expected):
@@ -125,34 +125,29 @@ def recalled_twice() -> tuple[list[dict], list[dict]]:
 
 
 def recalled(own) -> list[dict]:
-    """Two tasks of mode recall on a rank's own batches: head, masks and weights of each."""
+    """Two tasks of exact recall on a rank's own batches: head, masks and weights of each."""
     model, shared = tiny.plain(), dist.is_initialized()
-    stack = ExactRecall(model, 0.3, importance="gradient")
-    trained = DistributedDataParallel(model) if shared else model
-    optimizer = ADAMW(model.parameters())
-    stack.attach(optimizer)
+    recall = ExactRecall(model, 0.3, importance="gradient")
     tasks = []
     for task in range(2):
-        new_head(model, seed=10 * task + (dist.get_rank() if shared else 0))
+        model.classifier = head(seed=10 * task + (dist.get_rank() if shared else 0))
         batches = own(tiny.batches(BATCHES, seed=task))
-        stack.begin(str(task), loader=batches)
-        head = {n: v.clone() for n, v in model.classifier.state_dict().items()}
-        masks = dict(stack.masks)
+        recall.begin(str(task), loader=batches)
+        fitted = {n: v.clone() for n, v in model.classifier.state_dict().items()}
+        trained = DistributedDataParallel(model) if shared else model
         # DDP waits for every rank at every step, so each takes as many.
-        tiny.train(trained, optimizer, batches[:2], seed=task)
-        stack.close()
-        tasks.append({"head": head, "masks": masks, "after": backbone(model)})
+        tiny.train(trained, ADAMW(recall.parameters()), batches[:2], seed=task)
+        recall.close()
+        masks = dict(recall.mask(str(task)))
+        tasks.append({"head": fitted, "masks": masks, "after": tiny.snapshot(model)})
     for number, task in enumerate(tasks):
-        with stack.using(str(number)):
-            task["recalled"] = backbone(model)
+        with recall.using(str(number)):
+            task["recalled"] = tiny.snapshot(model)
     return tasks
 
 
-@torch.no_grad()
-def new_head(model, *, seed):
-    """Weights drawn with a seed, in place; the optimizer goes on with them."""
-    generator = torch.Generator().manual_seed(seed)
-    model.classifier.weight.copy_(torch.randn(model.classifier.weight.shape, generator=generator))
+def head(*, seed):
+    return tiny.seeded(lambda: torch.nn.Linear(tiny.WIDTH, tiny.CLASSES), seed)
 
 
 class WithTrainer(unittest.TestCase):

@@ -165,10 +165,9 @@ def update(model: nn.Module, *, n_batches: int = 4, rounds: int = 7, plainly: bo
 
 def recall_switch(model: nn.Module, *, tasks: int = 5, rounds: int = 9) -> Times:
     """One switch of the model to another task (``ours``), and ``base``: a forward pass."""
-    recall = ExactRecall(model.eval(), SPARSITY, importance="gradient")
+    recall = ExactRecall(model.eval(), SPARSITY)
     for task in range(tasks):
-        batches = [random_batch(model, seed=task)]
-        recall.begin(str(task), loader=batches, n_batches=1, head_steps=0)
+        recall.begin(str(task))
         recall.close()
     batch = random_batch(model, seed=100)
 
@@ -177,8 +176,8 @@ def recall_switch(model: nn.Module, *, tasks: int = 5, rounds: int = 9) -> Times
         model(**batch)
 
     def there_and_back() -> None:
-        with recall.using("0"):
-            pass
+        recall.switch("0")
+        recall.switch("1")
 
     works = {"base": Work(forward), "ours": Work(there_and_back)}
     seconds = take_turns(works, rounds=rounds, device=model.device).seconds

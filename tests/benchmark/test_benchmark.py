@@ -83,8 +83,14 @@ def test_locks_follow_the_budget(results):
     last = [row for row in results["bitstack"].locks if row["task"] == 3]
     assert sum(row["locked"] for row in last) == stats[-1]["locked"]
     assert results["finetune"].lock_stats == results["finetune"].locks == []
-    owned = [stats["frozen_pct"] for stats in results["recall"].lock_stats]
-    assert owned == pytest.approx([30, 60, 90], abs=0.1)
+
+
+def test_tasks_of_exact_recall_have_own_weights_that_may_overlap(results):
+    records, stats = results["recall"].locks, results["recall"].lock_stats
+    own = [sum(r["selected"] for r in records if r["task"] == task) for task in (1, 2, 3)]
+    assert own == [stats[0]["locked"]] * 3
+    assert stats[0]["frozen_pct"] == pytest.approx(30, abs=0.1)
+    assert stats[0]["locked"] < stats[1]["locked"] < stats[2]["locked"] < sum(own)
 
 
 def test_where_the_first_task_was_forgotten(results):
@@ -104,8 +110,8 @@ def test_a_run_records_what_its_tasks_take(results):
     assert stored["finetune"] == stored["joint"] == stored["frozen"] == 0
     masks = results["bitstack"].lock_stats[0]["eligible"] / 8
     assert masks <= stored["bitstack"] == stored["random-mask"] < 1.01 * masks
-    values = 4 * results["recall"].lock_stats[-1]["locked"]
-    assert values < stored["recall"] <= 1.01 * (values + 2 * masks)  # owners are compressed
+    values = 3 * 4 * results["recall"].lock_stats[0]["locked"]
+    assert values < stored["recall"] <= 1.01 * (values + 3 * masks)
     assert stored["single"] > stored["recall"] > stored["lora"] > stored["bitstack"]
 
 
@@ -383,7 +389,8 @@ def test_the_heads_have_a_rate_of_their_own(tmp_path, monkeypatch, strategy):
                     rates[id(parameter) in backbone].add(group["lr"])
             stepped = [id(p) for group in optimizer.param_groups for p in group["params"]]
             assert len(set(stepped)) == len(stepped)
-            assert {id(p) for p in model.parameters() if p.requires_grad} <= set(stepped)
+            if strategy != "recall":  # there the backbone's gradients go to the own weights
+                assert {id(p) for p in model.parameters() if p.requires_grad} <= set(stepped)
             assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.01}
             seen.append((rates[True].pop(), rates[False].pop()))
             assert rates == {True: set(), False: set()}

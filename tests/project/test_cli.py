@@ -113,7 +113,6 @@ def test_costs_are_added_to_those_that_are_there(tmp_path, capsys, monkeypatch):
         ("--device cuda", "use auto or cpu"),
         ("--train-size 100000", "100000"),
         ("--learning-rate -1", "learning_rate"),
-        ("--strategy recall --sparsity 0.3", "up to 0.2"),
         ("--strategy magic", "expected one of"),
         ("--strategy bitstack --budget half", "expected one of union, fresh"),
     ],

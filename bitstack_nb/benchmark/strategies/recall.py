@@ -7,13 +7,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from bitstack_nb import maskfile
 from bitstack_nb.benchmark.locking import records
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.benchmark.strategy import Strategy, n_bytes
+from bitstack_nb.benchmark.strategy import Strategy
 from bitstack_nb.recall import ExactRecall
 from bitstack_nb.settings import IMPORTANCES, RANDOM, check_settings
 
@@ -39,15 +37,9 @@ class Recall(Strategy):
         """Raise a ValueError for settings that exact recall refuses."""
         importance, known = protocol.importance or "gradient", (*IMPORTANCES, RANDOM)
         check_settings(protocol.sparsity, importance=importance, importances=known)
-        count = len(protocol.tasks)
-        if protocol.sparsity * count > 1 + 1e-9:
-            raise ValueError(
-                f"sparsity is {protocol.sparsity:g}, but {count} tasks have room in one set of "
-                f"weights up to {1 / count:g}: each owns weights of its own"
-            )
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Keeps everything but the task's own weights exact."""
+        """Trains the task's own weights and head, and nothing else."""
         return [self._tasks.callback()]
 
     def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
@@ -64,30 +56,25 @@ class Recall(Strategy):
         return self._tasks.using(self._name(task))
 
     def stats(self) -> dict[str, float] | None:
-        """How many weights the tasks own."""
+        """How many weights are any task's own."""
         return self._tasks.stats()
-
-    def masks(self) -> Mapping[str, torch.Tensor]:
-        """The weights that any task owns."""
-        return self._tasks.masks
 
     def layer_records(self) -> list[dict[str, Any]]:
         """The layer table."""
         return records(self._tasks.layer_table())
 
     def storage(self, data: Sequence[Dataset]) -> int:
-        """The owners of the weights as they are stored, and the tasks' values."""
-        state = self._tasks.state_dict()
-        values = [own for task in state["values"] for own in task.values()]
-        return n_bytes([maskfile.packed_owners(state), *values])
+        """Positions and values of the tasks' own weights, as they are stored."""
+        return self._tasks.own_bytes()
 
     def save(self, folder: Path) -> None:
-        """Write owners and values."""
-        self._tasks.save(folder / "masks.safetensors")
+        """Write the tasks."""
+        self._tasks.save(folder / "tasks.safetensors")
 
     def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote, and hook the model."""
-        self._tasks = ExactRecall.load(folder / "masks.safetensors", self.model)
+        """Read what :meth:`save` wrote; the model is the last task's, as it was."""
+        self._tasks = ExactRecall.load(folder / "tasks.safetensors", self.model)
+        self._tasks.switch(self._tasks.names[-1])
 
     def _name(self, task: int) -> str:
         return self.protocol.tasks[task].name

@@ -1,0 +1,146 @@
+"""Which task a model is now: own weights and heads exchanged in place, one user at a time."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitstack_nb import head as heads
+from bitstack_nb.base import Base
+from bitstack_nb.head import Head
+from bitstack_nb.own import Layout, Own
+
+
+class Exchange:
+    """The model, the task that it is, and what the base has under that task's own weights.
+
+    After an interrupt the model is one task or the base, never half of each.
+
+    Attributes:
+        shown: the task's name; None is the base.
+        own: the shown task's own weights.
+        covered: the base's values at the same positions.
+        lock: held while the model changes, and within a block of :meth:`using`.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout, base: Base) -> None:
+        self.model, self.layout, self._base = model, layout, base
+        self.shown: str | None = None
+        self.covered: Own | None = None
+        self.lock = threading.RLock()
+        self.own: Own | None = None
+        self._blocks: list[FrameType] = []  # that have entered using() and not left it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
+        return copied_without(self, memo, lock=threading.RLock(), _blocks=[])
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def show(self, name: str | None, own: Own | None, head: Head) -> None:
+        """Make the model that of a task: its own weights on the base, and its head."""
+        self._base.check_present()
+        self._base.put_back_buffers()
+        if name != self.shown:
+            former = self.shown, self.own
+            try:
+                self._uncover()
+                self._cover(name, own)
+            except BaseException:  # a notebook's interrupt too
+                self._uncover()
+                self._cover(*former)
+                raise
+        heads.place(self.model, head)
+        # Inside autocast the next forward would read the casts of the weights that were there.
+        torch.clear_autocast_cache()
+
+    def _uncover(self) -> None:
+        """Bring the base back; doing it twice does no harm."""
+        if self.covered is not None:
+            self.layout.write(self.covered)
+        self.shown = self.own = self.covered = None
+
+    def _cover(self, name: str | None, own: Own | None) -> None:
+        if own is not None:
+            covered = own._replace(values=self.layout.read(own))
+            # Before anything is written, so that it can be undone halfway.
+            self.shown, self.own, self.covered = name, own, covered
+            self.layout.write(own)
+
+    def check_no_block(self, method: str) -> None:
+        """Raise a RuntimeError in a ``using`` block: leaving it has to find what it left."""
+        if self._blocks:
+            raise RuntimeError(f"{method} within a using(...) block: leave the block first")
+
+
+class Block:
+    """The context manager that ``ExactRecall.using`` gives."""
+
+    def __init__(self, exchange: Exchange, enter: Callable[[], None], parts: list[str]) -> None:
+        self._exchange, self._enter, self._parts = exchange, enter, parts
+
+    def __enter__(self) -> nn.Module:
+        exchange = self._exchange
+        exchange.lock.acquire()
+        try:
+            frame = _user_frame()
+            if exchange._blocks and not _calls(exchange._blocks[-1], frame):
+                raise RuntimeError(
+                    "a using(...) block of another coroutine or generator is open, and the model "
+                    "can be one task only: finish that block first, without waiting in it"
+                )
+            self._before = exchange.shown, exchange.own
+            self._head = heads.present(exchange.model, self._parts)
+            try:
+                self._enter()
+                exchange._blocks.append(frame)
+            except BaseException:
+                exchange.show(*self._before, self._head)
+                raise
+        except BaseException:
+            exchange.lock.release()
+            raise
+        return exchange.model
+
+    def __exit__(self, *_: object) -> None:
+        exchange = self._exchange
+        try:
+            try:
+                exchange.show(*self._before, self._head)
+            except KeyboardInterrupt:  # or an open task would be left for good, and train no more
+                exchange.show(*self._before, self._head)
+                raise
+        finally:
+            exchange._blocks.pop()
+            exchange.lock.release()
+
+
+def _user_frame() -> FrameType:
+    """The frame of the ``with`` statement, or of what entered the block through contextlib."""
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__") == "contextlib":
+        frame = frame.f_back
+    return frame
+
+
+def _calls(outer: FrameType, inner: FrameType | None) -> bool:
+    """Whether the inner frame is the outer one or called by it: not so if that one waits."""
+    while inner is not None and inner is not outer:
+        inner = inner.f_back
+    return inner is outer
+
+
+def copied_without(source: Any, memo: dict[int, Any], **instead: Any) -> Any:
+    """A deep copy with some attributes replaced, as those that cannot be copied."""
+    import copy
+
+    copied = object.__new__(type(source))
+    memo[id(source)] = copied
+    for name, value in vars(source).items():
+        vars(copied)[name] = instead[name] if name in instead else copy.deepcopy(value, memo)
+    return copied

@@ -252,7 +252,6 @@ class Refused(Case):
                 save_file(other, self.path, metadata=_with_digests(other, about))
                 self.refuse("tasks.safetensors")
 
-
     def test_damaged_bytes(self):
         """What loads is what was saved, to the last bit."""
         _, tasks = self.trained()

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bitstack_nb import ranks
+# Its default arguments keep the process group that stands when it is first imported, which torch
+# would do at the first optimizer. A group that outlives its rank can abort the interpreter.
+import torch.distributed.nn.functional
 
 
 def in_processes(work: Callable[..., Any], *arguments: Any, count: int = 2) -> list[Any]:
@@ -31,7 +33,7 @@ def _run(rank, count, port, folder, work, arguments):
     # Hanging ranks must fail the test, but slowly: the machine may be busy.
     dist.init_process_group("gloo", timeout=timedelta(minutes=3))
     torch.save(work(*arguments), folder / str(rank))
-    ranks.leave()
+    dist.destroy_process_group()
 
 
 def _free_port() -> int:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from bitstack_nb import BitStack
-from bitstack_nb.benchmark.curves import CurveRecorder
 
 # For tensors this small a second thread only waits, for seconds on a machine that is busy.
 torch.set_num_threads(1)
@@ -197,7 +196,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def changed(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """name -> bool tensor: the entries whose bits differ from the snapshot's."""
+    """name -> bool tensor: the weights whose bits differ from the snapshot's."""
     return {
         name: as_bits(tensor) != as_bits(before[name])
         for name, tensor in model.state_dict().items()
@@ -209,8 +208,10 @@ def unhooked_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
 
 
-def record_curves(stack: BitStack, loaders: list) -> CurveRecorder:
-    """A recorder that has watched an update on each loader, in this order."""
+def record_curves(stack: BitStack, loaders: list):
+    """A CurveRecorder that has watched an update on each loader, in this order."""
+    from bitstack_nb.benchmark.curves import CurveRecorder
+
     recorder = CurveRecorder(stack.masks)
     for loader in loaders:
         stack.update(loader, observe=recorder.add)

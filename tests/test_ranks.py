@@ -1,10 +1,8 @@
 """Data parallel: importance summed over ranks, the same locks on all, errors instead of waiting."""
 
-import gc
 import os
 import tempfile
 import unittest
-import weakref
 from itertools import product
 from unittest.mock import patch
 
@@ -15,7 +13,7 @@ from cases import ADAMW, backbone
 from processes import in_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from bitstack_nb import BitStack, ExactRecall, ranks
+from bitstack_nb import BitStack, ExactRecall
 from bitstack_nb.importance import IMPORTANCE
 from bitstack_nb.ranks import RankError
 
@@ -291,24 +289,6 @@ def said(call, *arguments) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
-
-
-class Leaving(unittest.TestCase):
-    def test_nothing_keeps_the_connection(self):
-        """One kept has threads still, and a rank that ends meanwhile may abort."""
-        self.assertEqual(in_processes(left), [True, True])
-
-
-def left() -> bool:
-    """Whether the process group is gone once its rank has trained and left."""
-    stack = ExactRecall(tiny.plain(), 0.3)
-    stack.begin(
-        "a", loader=tiny.batches(2, seed=0)
-    )  # fits the head: the first optimizer of the process
-    connection = weakref.ref(dist.group.WORLD)
-    ranks.leave()
-    gc.collect()
-    return connection() is None
 
 
 class Shards(unittest.TestCase):

@@ -168,7 +168,10 @@ def code(page: str, heading: str) -> str:
     return re.search(r"```python\n(.*?)```", text, re.S)[1]
 
 
-@pytest.mark.parametrize("user", ["For a student", "For a researcher", "The guarantee"])
+USERS = ["For a student", "For an engineer", "For a researcher", "The guarantee"]
+
+
+@pytest.mark.parametrize("user", USERS)
 def test_the_readmes_code_runs(user, given, tmp_path, monkeypatch):
     (tmp_path / "results").symlink_to(ROOT / "results")
     monkeypatch.chdir(tmp_path)

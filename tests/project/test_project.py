@@ -109,7 +109,7 @@ def test_the_lead_table_is_what_was_recorded():
         assert len(own) == 5
         accuracy = shown(run.metrics["average_accuracy"] for run in own.values())
         forgotten = shown(run.metrics["forgetting"] for run in own.values())
-        minus = "" if strategy == "single" else shown(differences(own, separate))
+        minus = "–" if strategy == "single" else shown(differences(own, separate))
         expected.append([label, accuracy, forgotten, kept(own[0]), minus])
     assert [[cell.strip() for cell in line.split("|")] for line in lines] == expected
 

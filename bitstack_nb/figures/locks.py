@@ -26,6 +26,7 @@ from bitstack_nb.figures.methods import (
     titled,
 )
 from bitstack_nb.figures.style import (
+    BYTES,
     SHARES,
     Figure,
     colour_bar,
@@ -49,7 +50,7 @@ _ABLATION = {
     "learning_accuracy": "learning accuracy (%)",
     "average_accuracy": "average accuracy at the end (%)",
     "locked": "locked (% of eligible)",
-    "stored": "masks and locked values ({})",
+    "stored": "storage of masks and locked values",
 }
 _DASHES = ("-", "--", ":", "-.")
 
@@ -69,15 +70,14 @@ def ablation(results: Iterable[Result]) -> Figure:
             "no configuration has three sparsities: give runs of a strategy that locks (bitstack) "
             "with more of them"
         )
-    large = max(line.points["stored"].max() for line in lines.values()) >= 2**20
-    unit, size = ("MiB", 2**20) if large else ("KiB", 2**10)
     figure, axes = panels(6, 3, above=0.6, each=2.8, sharex=True)
     for ax, (column, title) in zip(axes, _ABLATION.items(), strict=False):
         for label, line in lines.items():
-            _draw_line(ax, label, line, column, unit=size if column == "stored" else 1)
-        ax.set_title(title.format(unit))
+            _draw_line(ax, label, line, column)
+        ax.set_title(title)
         ax.set_xlabel("sparsity (share a task may lock)")
         ax.tick_params("x", labelbottom=True)
+    axes[4].yaxis.set_major_formatter(BYTES)
     axes[5].axis("off")
     axes[5].legend(*axes[3].get_legend_handles_labels(), loc="center", frameon=False)
     title = "Sparsity: what a task may lock, and what follows"
@@ -126,8 +126,8 @@ def _fine_tuned(runs: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["result"].map(id).isin(partners.map(id))]
 
 
-def _draw_line(ax: Axes, label: str, line: _Line, column: str, *, unit: float) -> None:
-    points = line.points[[column, f"{column}_interval"]].dropna(subset=column) / unit
+def _draw_line(ax: Axes, label: str, line: _Line, column: str) -> None:
+    points = line.points[[column, f"{column}_interval"]].dropna(subset=column)
     means, halves = points[column], points[f"{column}_interval"].fillna(0)
     ax.plot(means.index, means, label=counted(label, line.seeds), markersize=5, **line.look)
     colour = line.look["color"]
@@ -411,20 +411,12 @@ def mask_weight(result: Result) -> Figure:
     figure = Figure(2.6)
     ax = figure.subplots()
     colours = [*SHARES([0.75] * 3), *SHARES([0.35] * 2)]
-    bars = ax.barh(list(stored), [n / 2**20 for n in stored.values()], height=0.6, color=colours)
-    ax.bar_label(bars, [size(n) for n in stored.values()], padding=4)
+    bars = ax.barh(list(stored), list(stored.values()), height=0.6, color=colours)
+    ax.bar_label(bars, [BYTES(count) for count in stored.values()], padding=4)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.margins(x=0.15)
-    ax.set_xlabel("MiB")
+    ax.xaxis.set_major_formatter(BYTES)
     ax.set_title(f"{described(result)}, {stats['total'] / 1e6:.1f} M parameters")
     figure.suptitle(titled("Storage of a mask", [result]))
     return figure
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that reads well."""
-    for unit, factor in (("MiB", 2**20), ("KiB", 2**10)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count:.0f} bytes"

@@ -47,8 +47,9 @@ def summary(results: Iterable[Result]) -> pd.DataFrame:
     """
     runs = frame(results)
     minus = mean_differences(pairs(runs, "single"), ["average_accuracy"])
-    minus.columns = ["seeds", *_with_intervals(["minus_separate_models"])]
-    found = named(by_configuration(runs).join(minus.drop(columns="seeds")))
+    minus = minus.reindex(columns=_with_intervals(["average_accuracy"]))  # also without any pair
+    minus.columns = _with_intervals(["minus_separate_models"])
+    found = named(by_configuration(runs).join(minus))
     empty = [name for name in found if found[name].isna().all()]
     empty = [name for name in empty if not name.endswith("_interval")]
     return found.drop(columns=_with_intervals([*_FURTHER, *empty]), errors="ignore")

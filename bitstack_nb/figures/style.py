@@ -21,6 +21,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.ticker import EngFormatter
 from PIL import Image
 
 WIDTH = 9.0  # inches: a notebook's column at DPI
@@ -28,6 +29,7 @@ DPI = 110
 GREY = "0.35"
 # Equal steps of lightness, readable in grey and with any colour vision.
 SHARES = sns.color_palette("YlGnBu", as_cmap=True)
+BYTES = EngFormatter(unit="B", places=1)  # 10.9 MB
 COLOURS = sns.color_palette("colorblind")
 _STYLE = {
     **sns.axes_style("whitegrid"),

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from bitstack_nb.benchmark.curves import CurveRecorder, LockCurves
-from bitstack_nb.figures.locks import shares, size
+from bitstack_nb.figures.locks import shares
 from bitstack_nb.figures.methods import task_names
+from bitstack_nb.figures.style import BYTES
 from bitstack_nb.results.result import Result
 from bitstack_nb.stack import BitStack
 
@@ -113,8 +114,8 @@ class LockView:
                 f"({eligible - locked:,} of {eligible:,} eligible weights)"
             ),
             "storage": (
-                f"a mask {size(eligible / 8)} (1 bit per eligible weight), the locked values "
-                f"{size(4 * locked)}; a copy of all weights {size(4 * self.total)}"
+                f"a mask {BYTES(eligible / 8)} (1 bit per eligible weight), the locked values "
+                f"{BYTES(4 * locked)}; a copy of all weights {BYTES(4 * self.total)}"
             ),
         }
 

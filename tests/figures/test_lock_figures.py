@@ -30,7 +30,7 @@ def test_ablation_draws_a_line_per_budget_from_fine_tuning_on():
     metrics = ("forgetting", "learning_accuracy", "average_accuracy")
     values = [lambda r, name=name: r.metrics[name] for name in metrics]
     values.append(lambda r: r.lock_stats[-1]["frozen_pct"] if r.lock_stats else 0)
-    values.append(lambda r: mask_bytes(r) / 1024)
+    values.append(mask_bytes)
     points = {"BitStack, union": {0: FINETUNE, **UNION}, "BitStack, fresh": {0: FINETUNE, **FRESH}}
     for ax, value in zip(figure.axes, values, strict=False):
         assert len(ax.lines) == 2 and len({line.get_color() for line in ax.lines}) == 1
@@ -60,7 +60,7 @@ def test_masks_take_the_bytes_that_their_file_holds(tmp_path):
     assert mask_bytes(FINETUNE[0]) == 0 and mask_bytes(PAPER[0]) is None
     stats = BITSTACK[0].lock_stats[-1]
     mask, copy = (stats["eligible"] + 7) // 8, 4 * stats["total"]
-    drawn = [2**20 * bar.get_width() for bar in mask_weight(BITSTACK[0]).axes[0].patches]
+    drawn = [bar.get_width() for bar in mask_weight(BITSTACK[0]).axes[0].patches]
     assert drawn == pytest.approx([mask, 3 * mask, 4 * stats["locked"], copy, 3 * copy])
 
 

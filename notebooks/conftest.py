@@ -8,7 +8,7 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment that the notebooks' kernels inherit."""
-    os.environ["BITSTACK_PRESET"] = "smoke"
+    os.environ["BITSTACK_PRESET"] = "ci"
     # For models this small a second thread only waits, for minutes on a machine that is busy.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # A new folder each time: a finished run is read, not repeated, and would hide a new fault.

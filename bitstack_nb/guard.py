@@ -19,8 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from bitstack_nb.eligible import refuse_shards
 from bitstack_nb.locks import Locks
 
-# A model's guards know of each other: none hides gradients from what another measures.
 _guards: WeakKeyDictionary[nn.Module, WeakSet[Guard]] = WeakKeyDictionary()
+# Models that importance is measured on now: no guard may hide gradients from that.
 _lifted: WeakSet[nn.Module] = WeakSet()
 
 
@@ -57,7 +57,8 @@ class Guard:
 
     def add_gradient_hooks(self) -> None:
         """Hook every parameter that has locked weights and no hook yet."""
-        for name, parameter in self._locks.held.items():
+        for name in self._locks.names:
+            parameter = self._locks.parameters[name]
             if name not in self.handles and parameter.requires_grad:
                 self.handles[name] = parameter.register_hook(self._hook(name))
 
@@ -66,7 +67,7 @@ class Guard:
             if self._model in _lifted:
                 return None  # torch keeps the gradient as it is
             self.hook_calls[name] = self.hook_calls.get(name, 0) + 1
-            return self._locks.movable_part(name, gradient)
+            return self._locks.zeroed(name, gradient)
 
         return hook
 
@@ -89,7 +90,7 @@ class Guard:
             raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer")
         self.check_still_the_models()
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if stepped.isdisjoint(id(p) for p in self._parameters().values()):
+        if stepped.isdisjoint(id(p) for p in self._locks.parameters.values()):
             raise ValueError(
                 f"this {type(optimizer).__name__} holds none of the stack's parameters: build it "
                 "from the parameters of the stack's model (shards of FSDP or DeepSpeed ZeRO are "
@@ -128,7 +129,7 @@ class Guard:
         """Raise a RuntimeError if the model no longer holds a parameter that is guarded."""
         refuse_shards(self._model)
         present = {id(p) for p in self._model.parameters()}
-        gone = [name for name, p in self._parameters().items() if id(p) not in present]
+        gone = [name for name, p in self._locks.parameters.items() if id(p) not in present]
         if gone:
             raise RuntimeError(
                 f"the model no longer holds {', '.join(gone[:3])}{' ...' if gone[3:] else ''}: a "
@@ -136,9 +137,6 @@ class Guard:
                 "not supported. Exclude heads that are swapped "
                 "(exclude=[...]), or save the stack and load it onto the model as it is now"
             )
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return {**self._locks.parameters, **self._locks.held}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
         # torch copies no gradient hooks, so the copy makes its own.

@@ -49,11 +49,6 @@ class Locks:
         return sum(len(values) for values in self._values.values())
 
     @property
-    def held(self) -> dict[str, nn.Parameter]:
-        """The parameters with locked weights, by name."""
-        return {name: self.parameters[name] for name in self.names}
-
-    @property
     def names(self) -> list[str]:
         """The names of parameters with locked weights."""
         return [name for name, values in self._values.items() if len(values)]
@@ -101,7 +96,7 @@ class Locks:
         self._bits, self._values = new_bits, new_values
         self._tasks.append(task)
 
-    def movable_part(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+    def zeroed(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of a parameter, zero where it is locked."""
         # Not a product of numbers: inf * 0 is NaN.
         if gradient.device.type != "cpu" or gradient.requires_grad:

@@ -10,22 +10,17 @@ and the digest of its tensors. The digest of the whole file covers all of that.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from bitstack_nb.files import replacing
-from bitstack_nb.maskfile import DAMAGE, MaskFileError
+from bitstack_nb.maskfile import DAMAGE, MaskFileError, digest, read_tensors, write_tensors
 from bitstack_nb.own import Own
 
 if TYPE_CHECKING:
@@ -66,12 +61,8 @@ def write(
         "begun": json.dumps(begun),
         "tasks": json.dumps(records, separators=(",", ":")),
     }
-    metadata["digest"] = _digest({"base": tensors["base"]}, metadata)
-    try:
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"cannot write the tasks to {path}: {error}") from error
+    metadata["digest"] = digest({"base": tensors["base"]}, metadata)
+    write_tensors(path, tensors, metadata)
 
 
 def own_bytes(own: Own, sizes: list[int]) -> int:
@@ -89,7 +80,7 @@ def _content(task: Task, sizes: list[int]) -> tuple[dict[str, torch.Tensor], dic
     own["positions"] = _bytes(_packed(_flat(task.own, sizes), sum(sizes)))
     record = {"name": task.name, "labels": task.labels, "seed": task.seed}
     record["config"] = json.loads(json.dumps(task.head.config))  # as it is read again
-    return own, {**record, "digest": _digest(own, record)}
+    return own, {**record, "digest": digest(own, record)}
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -99,14 +90,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         MaskFileError: it is not a file of tasks, is damaged, or is of a newer format version.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file of tasks at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise MaskFileError(f"{path} is no safetensors file or is cut short: {error}") from error
+    tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise MaskFileError(f"{path} is not a file written by ExactRecall.save")
     if metadata.get("version") != VERSION:
@@ -121,8 +105,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _state(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    digest = metadata.pop("digest")
-    if digest != _digest({"base": tensors["base"]}, metadata):
+    if metadata.pop("digest") != digest({"base": tensors["base"]}, metadata):
         raise ValueError("its content is not what its digest says")
     unpack = zlib.decompressobj()
     about = json.loads(unpack.decompress(tensors.pop("base").numpy().tobytes(), _MOST))
@@ -149,8 +132,7 @@ def _state(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[s
 def _task(
     record: dict[str, Any], tensors: dict[str, torch.Tensor], parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
-    digest = record.pop("digest")
-    if digest != _digest(tensors, record):
+    if record.pop("digest") != digest(tensors, record):
         raise ValueError(f"task {record['name']!r} is not what its digest says")
     sizes = [prod(p["shape"]) for p in parameters.values()]
     counts, positions = _split(_unpacked(tensors["positions"], sum(sizes)), sizes)
@@ -165,15 +147,6 @@ def _task(
         config["id2label"] = {int(number): label for number, label in config["id2label"].items()}
     heads = {k.removeprefix("head."): t for k, t in tensors.items() if k.startswith("head.")}
     return {**record, "own": Own(counts, torch.from_numpy(positions), values), "head": heads}
-
-
-def _digest(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> str:
-    """SHA-256 of tensors and what can be written as JSON, in hexadecimal."""
-    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for key, tensor in sorted(tensors.items()):
-        found.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 # Positions ----------------------------------------------------------------------------------------

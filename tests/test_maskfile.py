@@ -394,8 +394,8 @@ def changed_content(path: Path, change) -> tuple[dict, dict]:
 
 def write(path: Path, tensors: dict, metadata: dict) -> None:
     """A file under a right digest, so that more than the digest has to refuse it."""
-    metadata["digest"] = maskfile._digest(tensors, metadata)
-    save_file(tensors, path, metadata=metadata)
+    metadata = {key: value for key, value in metadata.items() if key != "digest"}
+    save_file(tensors, path, metadata | {"digest": maskfile.digest(tensors, metadata)})
 
 
 def plain(state):

@@ -177,19 +177,19 @@ class InterruptedRecall(RecallCase):
 
     def test_in_close(self):
         """The task is open or closed, and close() can be called again."""
-        moment, closed = 0, False
-        while not closed:
-            moment += 7
-            self.setUp()
-            self.open()
-            present = tiny.snapshot(self.model)
-            with interrupted(moment):
-                self.tasks.close()
-                closed = True
-            if self.tasks._open:
-                self.tasks.close()
-            self.after.append(present)
-            self.assert_recalls(self.model, self.tasks)
+        self.open()
+        moments = self.moments(self.tasks.close)
+        for moment in moments:
+            with self.subTest(moment):
+                self.setUp()
+                self.open()
+                present = tiny.snapshot(self.model)
+                with interrupted(moment):
+                    self.tasks.close()
+                if self.tasks._open:
+                    self.tasks.close()
+                self.after.append(present)
+                self.assert_recalls(self.model, self.tasks)
 
     def test_in_a_training_step(self):
         self.open()

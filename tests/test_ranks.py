@@ -9,7 +9,7 @@ from unittest.mock import patch
 import tiny
 import torch
 import torch.distributed as dist
-from cases import ADAMW, backbone
+from cases import ADAMW, trainer_of
 from processes import in_processes
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,70 +20,122 @@ from bitstack_nb.ranks import RankError
 BATCHES = 5  # an odd number: ranks have different numbers of them
 
 
-class OverShards(unittest.TestCase):
-    """Each rank has batches of its own; together those of one process."""
+class Together(unittest.TestCase):
+    """Two connected processes do everything once; each test looks at what both found."""
 
     @classmethod
     def setUpClass(cls):
-        cls.ranks = in_processes(over_shards)
+        cls.ranks = in_processes(everything)
+
+    def found(self, what: str) -> list:
+        return [rank[what] for rank in self.ranks]
+
+    def assert_bits(self, found, expected):
+        self.assertEqual(list(found), list(expected))
+        for name, value in expected.items():
+            self.assertTrue(torch.equal(tiny.as_bits(found[name]), tiny.as_bits(value)), name)
 
     def test_scores_and_masks(self):
-        for setting, expected in protected(shared=False).items():
+        """Equal on all ranks; one process differs by rounding in its scores, not in its masks."""
+        one, other = self.found("protected")
+        for setting, expected in protected(list).items():
             with self.subTest(setting):
-                found, other = (rank["protected"][setting] for rank in self.ranks)
+                self.assert_bits(one[setting]["scores"], other[setting]["scores"])
                 for name, scores in expected["scores"].items():
-                    summed = found["scores"][name]
-                    self.assertTrue(torch.equal(summed, other["scores"][name]), name)
-                    # What importance.measure promises for n batches.
-                    error = (summed - scores).abs()
+                    error = (one[setting]["scores"][name] - scores).abs()
+                    # The bound that importance.measure promises for n batches.
                     self.assertTrue((error <= BATCHES * 2**-23 * scores).all(), name)
-                    for task, masks in enumerate(found["masks"]):
-                        self.assertTrue(torch.equal(masks[name], other["masks"][task][name]))
-                # In these small models no score is that near to a threshold.
-                self.assert_same_masks(found["masks"], expected["masks"])
+                for task, masks in enumerate(expected["masks"]):
+                    for found in (one, other):  # no score here is that near to a threshold
+                        self.assert_bits(found[setting]["masks"][task], masks)
 
-    def test_a_batch_each_is_exactly_two_batches_of_one_process(self):
-        """Two summands are added in one way only."""
-        expected = BitStack(tiny.plain()).measure(tiny.batches(2, seed=0))
+    def test_sums_that_do_not_round(self):
+        """A batch each (two summands), and the same batches on both (a doubling)."""
+        two = BitStack(tiny.plain()).measure(tiny.batches(2, seed=0))
+        same = BitStack(tiny.plain()).measure(tiny.batches(BATCHES, seed=0))
         for rank in self.ranks:
-            for name, scores in expected.items():
-                self.assertTrue(torch.equal(rank["a batch each"][name], scores), name)
+            self.assert_bits(rank["a batch each"], two)
+            self.assert_bits(rank["the same"], {name: 2 * s for name, s in same.items()})
 
-    def test_the_same_batches_on_every_rank(self):
-        """A loader that nobody sharded: exactly the masks of one process."""
-        expected = BitStack(tiny.plain()).measure(tiny.batches(BATCHES, seed=0))
-        for rank in self.ranks:
-            for name, scores in expected.items():
-                self.assertTrue(torch.equal(rank["the same batches"][name], 2 * scores), name)
+    def test_exact_recall(self):
+        """Heads start apart and end equal; own weights are the same; recall is exact."""
+        one, other = self.found("recalled")
+        for task, others in zip(one, other, strict=True):
+            for what in ("head", "masks", "after", "recalled"):
+                self.assert_bits(task[what], others[what])
+            self.assert_bits(task["recalled"], task["after"])
+            self.assertGreater(sum(int(mask.sum()) for mask in task["masks"].values()), 0)
+        alone = recalled(list)[0]
+        for first, _ in self.found("recalled the same"):
+            for what in ("head", "masks", "after"):
+                self.assert_bits(first[what], alone[what])
 
-    def assert_same_masks(self, found, expected):
-        for own, others in zip(found, expected, strict=True):
-            for name, mask in others.items():
-                self.assertTrue(torch.equal(own[name], mask), name)
+    def test_with_the_trainer_nothing_of_the_users_code_changes(self):
+        """Each rank trains on its share: equal weights and locks, exact locked bits."""
+        one, other = self.found("trained")
+        for what in ("masks", "locked", "after", "owned", "recalled"):
+            self.assert_bits(one[what], other[what])
+        self.assert_bits(one["recalled again"], one["recalled"])
+        moved = 0
+        for name, mask in one["masks"].items():
+            before, after = one["locked"][name], one["after"][name]
+            self.assertTrue(torch.equal(before[mask], after[mask]), name)
+            moved += int((before != after)[~mask].sum())
+        self.assertGreater(moved, 1000)
+        self.assertEqual((len(one["rows"]), len(other["rows"])), (24, 24))
+        self.assertTrue(one["rows"].isdisjoint(other["rows"]))
+
+    def test_ranks_that_cannot_go_on_together_say_so(self):
+        """Every rank gets an error at once, nothing is locked, and the next call works."""
+        for rank, found in enumerate(self.found("failures")):
+            for case, (expected, error, locked) in found.items():
+                with self.subTest(case, rank=rank):
+                    self.assertRegex(error, expected)
+                    self.assertEqual(locked, 0)
+
+    def test_shards_are_refused_by_name(self):
+        for found in self.found("sharded"):
+            for case, (expected, error) in found.items():
+                with self.subTest(case):
+                    self.assertRegex(error, expected)
 
 
-def over_shards() -> dict:
+class Alone(unittest.TestCase):
+    def test_processes_that_nothing_connects(self):
+        """Each would lock weights of its own, and nobody would notice."""
+        stack = BitStack(tiny.plain())
+        launched = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1"}
+        with patch.dict(os.environ, launched), self.assertRaisesRegex(RankError, "2 processes"):
+            stack.update(tiny.batches(1, seed=0))
+        stack.update(tiny.batches(1, seed=0))
+
+    def test_zero(self):
+        """DeepSpeed ZeRO 1 and 2 step flat copies; ZeRO 3 leaves placeholders for parameters."""
+        model = tiny.plain()
+        stack = BitStack(model)
+        flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+        optimizer = torch.optim.SGD([torch.nn.Parameter(flat)], lr=0.1)
+        self.assertRegex(said(stack.attach, optimizer), "DeepSpeed ZeRO.*not supported")
+        weight = model.blocks[0].up.weight
+        weight.data, weight.ds_id = torch.empty(0), 1
+        self.assertRegex(said(BitStack, model), "ValueError: .*DeepSpeed ZeRO")
+        self.assertRegex(said(stack.verify), "ValueError: .*DeepSpeed ZeRO")
+
+
+# In each process ----------------------------------------------------------------------------------
+
+
+def everything() -> dict:
     return {
-        "protected": protected(shared=True),
+        "protected": protected(shard),
         "a batch each": BitStack(tiny.plain()).measure(shard(tiny.batches(2, seed=0))),
-        "the same batches": BitStack(tiny.plain()).measure(tiny.batches(BATCHES, seed=0)),
+        "the same": BitStack(tiny.plain()).measure(tiny.batches(BATCHES, seed=0)),
+        "recalled": recalled(shard),
+        "recalled the same": recalled(list),
+        "trained": trained(),
+        "failures": failures(),
+        "sharded": sharded(),
     }
-
-
-def protected(*, shared: bool) -> dict:
-    """Two tasks locked by every importance and budget, alone or in a shard: scores, masks."""
-    found = {}
-    for importance, budget in product(IMPORTANCE, ("union", "fresh")):
-        stack = BitStack(tiny.plain(), 0.3, importance=importance, budget=budget)
-        masks = []
-        for task in range(2):
-            batches = tiny.batches(BATCHES, seed=task)
-            batches = shard(batches) if shared else batches
-            scores = stack.measure(batches)
-            stack.update(batches)
-            masks.append(dict(stack.masks))
-        found[importance, budget] = {"scores": scores, "masks": masks}
-    return found
 
 
 def shard(batches: list) -> list:
@@ -91,50 +143,35 @@ def shard(batches: list) -> list:
     return batches[dist.get_rank() :: dist.get_world_size()]
 
 
-class Recalled(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.ranks = in_processes(recalled_twice)
-
-    def test_tasks_are_chosen_alike_and_come_back(self):
-        """Heads start apart and end equal; entries are the same; recall is exact on every rank."""
-        one, other = (sharded for sharded, _ in self.ranks)
+def protected(share) -> dict:
+    """Two tasks locked by every importance and budget: scores of the last, masks of both."""
+    found = {}
+    for importance, budget in product(IMPORTANCE, ("union", "fresh")):
+        stack = BitStack(tiny.plain(), 0.3, importance=importance, budget=budget)
+        masks = []
         for task in range(2):
-            for what in ("head", "masks", "after", "recalled"):
-                self.assert_bits(one[task][what], other[task][what])
-            self.assert_bits(one[task]["recalled"], one[task]["after"])
-            self.assertGreater(sum(int(m.sum()) for m in one[task]["masks"].values()), 0)
-
-    def test_the_same_batches_give_what_one_process_gets(self):
-        alone, _ = recalled(lambda batches: batches)
-        for _, (first, _) in self.ranks:
-            for what in ("head", "masks", "after"):
-                self.assert_bits(first[what], alone[what])
-
-    def assert_bits(self, found, expected):
-        self.assertEqual(list(found), list(expected))
-        for name, value in expected.items():
-            self.assertTrue(torch.equal(tiny.as_bits(found[name]), tiny.as_bits(value)), name)
+            batches = share(tiny.batches(BATCHES, seed=task))
+            scores = stack.measure(batches)
+            stack.update(batches)
+            masks.append(dict(stack.masks))
+        found[importance, budget] = {"scores": scores, "masks": masks}
+    return found
 
 
-def recalled_twice() -> tuple[list[dict], list[dict]]:
-    """From shards, and from the same batches on every rank."""
-    return recalled(shard), recalled(lambda batches: batches)
-
-
-def recalled(own) -> list[dict]:
-    """Two tasks of exact recall on a rank's own batches: head, masks and weights of each."""
-    model, shared = tiny.plain(), dist.is_initialized()
+def recalled(share) -> list[dict]:
+    """Two tasks of exact recall: head, masks and weights of each, and the model recalled."""
+    model, connected = tiny.plain(), dist.is_initialized()
     recall = ExactRecall(model, 0.3, importance="gradient")
     tasks = []
     for task in range(2):
-        model.classifier = head(seed=10 * task + (dist.get_rank() if shared else 0))
-        batches = own(tiny.batches(BATCHES, seed=task))
+        seed = 10 * task + (dist.get_rank() if connected else 0)
+        model.classifier = tiny.seeded(lambda: torch.nn.Linear(tiny.WIDTH, tiny.CLASSES), seed)
+        batches = share(tiny.batches(BATCHES, seed=task))
         recall.begin(str(task), loader=batches)
         fitted = {n: v.clone() for n, v in model.classifier.state_dict().items()}
-        trained = DistributedDataParallel(model) if shared else model
+        wrapped = DistributedDataParallel(model) if connected else model
         # DDP waits for every rank at every step, so each takes as many.
-        tiny.train(trained, ADAMW(recall.parameters()), batches[:2], seed=task)
+        tiny.train(wrapped, ADAMW(recall.parameters()), batches[:2], seed=task)
         recall.close()
         masks = dict(recall.mask(str(task)))
         tasks.append({"head": fitted, "masks": masks, "after": tiny.snapshot(model)})
@@ -144,97 +181,37 @@ def recalled(own) -> list[dict]:
     return tasks
 
 
-def head(*, seed):
-    return tiny.seeded(lambda: torch.nn.Linear(tiny.WIDTH, tiny.CLASSES), seed)
-
-
-class WithTrainer(unittest.TestCase):
-    def test_nothing_of_the_users_code_changes(self):
-        """The README's loop, each rank on its share: equal weights and locks, exact locked bits."""
-        one, other = in_processes(trained)
-        for what in ("masks", "locked", "after", "owned", "recalled"):
-            self.assertEqual(list(one[what]), list(other[what]))
-            for name, value in one[what].items():
-                self.assertTrue(torch.equal(value, other[what][name]), f"{what} {name}")
-        moved = 0
-        for name, mask in one["masks"].items():
-            before, after = one["locked"][name], one["after"][name]
-            self.assertTrue(torch.equal(before[mask], after[mask]), name)
-            moved += int((before != after)[~mask].sum())
-        self.assertGreater(moved, 1000)
-        for rank in (one, other):
-            self.assertEqual(rank["recalled again"], [])
-            self.assertEqual(len(rank["rows"]), 24)
-        self.assertTrue(one["rows"].isdisjoint(other["rows"]))
-
-
 def trained() -> dict:
-    """Two tasks under the Trainer in either mode, the loaders those that accelerate has shared."""
+    """Two tasks of each method under the Trainer, with the loaders that accelerate has shared."""
     model, found = tiny.gpt2(), {}
     stack = BitStack(model, 0.3)
-    loader = train_with_trainer(model, stack, seed=0)
+    loader = train(model, stack, seed=0)
     found["rows"] = {tuple(row.tolist()) for batch in loader for row in batch["input_ids"]}
     stack.update(loader)
     found["masks"], found["locked"] = dict(stack.masks), tiny.snapshot(model)
-    model.score = torch.nn.Linear(16, tiny.CLASSES, bias=False)  # drawn apart on each rank
-    stack.update(train_with_trainer(model, stack, seed=1))
+    model.score = torch.nn.Linear(16, tiny.CLASSES, bias=False)  # apart on each rank
+    stack.update(train(model, stack, seed=1))
     stack.verify()
     found["after"] = tiny.snapshot(model)
-    stack.detach()  # exact recall is alone on its model
-    stack = ExactRecall(model, 0.3, importance="gradient")
-    stack.begin("a", loader=loader)
-    train_with_trainer(model, stack, seed=2)
-    stack.close()
-    found["owned"], found["recalled"] = dict(stack.mask("a")), backbone(model)
-    stack.begin("b", loader=loader)
-    train_with_trainer(model, stack, seed=3)
-    stack.close()
-    with stack.using("a"):
-        again = backbone(model)
-    found["recalled again"] = [n for n in again if not torch.equal(again[n], found["recalled"][n])]
+    stack.detach()  # or its locks would keep own weights from training
+    recall = ExactRecall(model, 0.3, importance="gradient")
+    for seed, task in ((2, "a"), (3, "b")):
+        recall.begin(task, loader=loader)
+        train(model, recall, seed=seed)
+        recall.close()
+        found.setdefault("recalled", tiny.snapshot(model))
+    found["owned"] = dict(recall.mask("a"))
+    with recall.using("a"):
+        found["recalled again"] = tiny.snapshot(model)
     return found
 
 
-def train_with_trainer(model, stack, *, seed):
+def train(model, method, *, seed):
     """An epoch over 48 rows; returns the loader of this rank's share of them."""
-    from transformers import Trainer, TrainingArguments
-
-    (batch,) = tiny.batches(1, seed=seed, size=48)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            learning_rate=1e-2,
-            weight_decay=0.1,
-            per_device_train_batch_size=4,
-            num_train_epochs=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-        )
-        data = [{key: value[row] for key, value in batch.items()} for row in range(48)]
-        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[stack.callback()])
+        trainer = trainer_of(model, folder, [method.callback()], seed=seed, count=48)
         trainer.train()
     return trainer.get_train_dataloader()
-
-
-class NotTogether(unittest.TestCase):
-    def test_ranks_that_cannot_go_on_together_say_so(self):
-        """Every rank gets an error at once, nothing is locked, and the next call works."""
-        for rank, found in enumerate(in_processes(failures)):
-            for case, (expected, error, locked) in found.items():
-                with self.subTest(case, rank=rank):
-                    self.assertRegex(error, expected)
-                    self.assertEqual(locked, 0)
-
-    def test_processes_that_nothing_connects(self):
-        """Each would lock entries of its own, and nobody would notice."""
-        stack = BitStack(tiny.plain())
-        launched = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1"}
-        with patch.dict(os.environ, launched), self.assertRaisesRegex(RankError, "2 processes"):
-            stack.update(tiny.batches(1, seed=0))
-        stack.update(tiny.batches(1, seed=0))
 
 
 def failures() -> dict[str, tuple[str, str, int]]:
@@ -251,67 +228,29 @@ def failures() -> dict[str, tuple[str, str, int]]:
         with torch.no_grad():
             moved.blocks[1].up.bias[0] += 1
             embedding.embed.weight[0, 0] += 1
-    protect = {
-        "another model": (BitStack(long), good, r"rank 1 has other parameters.*blocks\.2\.mix"),
-        "other weights": (BitStack(moved), good, r"rank 1 has other parameters.*blocks\.1\.up\.b"),
-        "another importance": (
-            BitStack(tiny.plain(), importance="fisher" if odd else "gradient"),
-            good,
-            "rank 1 has other settings.*importance",
-        ),
-        "another sparsity": (BitStack(tiny.plain(), 0.3 if odd else 0.2), good, "other masks"),
-        "a batch without labels": (BitStack(tiny.plain()), no_labels, f"{own}.*no 'labels'"),
-        "no batch": (BitStack(tiny.plain()), empty, f"{own}the loader gave no batch"),
-    }
-    recall = {
-        "a head of more labels": (wide, good, "rank 1 has other heads"),
-        "another base": (embedding, good, r"rank 1 has other weights of the base.*embed\.weight"),
-        "fitting without labels": (tiny.plain(), [*good, *no_labels], f"{own}.*no 'labels'"),
-        "no batch to fit on": (tiny.plain(), empty, f"{own}the loader gave no batch"),
-    }
+    importance = "fisher" if odd else "gradient"
     found = {}
-    for case, (stack, batches, expected) in protect.items():
+    for case, model, settings, batches, expected in (
+        ("model", long, {}, good, r"rank 1 has other parameters.*blocks\.2\.mix"),
+        ("weights", moved, {}, good, r"rank 1 has other parameters.*blocks\.1\.up\.b"),
+        ("importance", tiny.plain(), {"importance": importance}, good, "other settings.*importan"),
+        ("sparsity", tiny.plain(), {"sparsity": 0.3 if odd else 0.2}, good, "other masks"),
+        ("no labels", tiny.plain(), {}, no_labels, f"{own}.*no 'labels'"),
+        ("no batch", tiny.plain(), {}, empty, f"{own}the loader gave no batch"),
+    ):
+        stack = BitStack(model, **settings)
         found[case] = (expected, said(stack.update, batches), stack.stats()["locked"])
-    for case, (model, batches, expected) in recall.items():
-        stack = ExactRecall(model, 0.3, importance="gradient")
-        found[case] = (
-            expected,
-            said(lambda t=stack, b=batches: t.begin("a", loader=b)),
-            stack.stats()["locked"],
-        )
+    for case, model, batches, expected in (
+        ("a head of more labels", wide, good, "rank 1 has other heads"),
+        ("base", embedding, good, r"rank 1 has other weights of the base.*embed\.weight"),
+        ("fitting without labels", tiny.plain(), [*good, *no_labels], f"{own}.*no 'labels'"),
+        ("no batch to fit on", tiny.plain(), empty, f"{own}the loader gave no batch"),
+    ):
+        recall = ExactRecall(model, 0.3, importance="gradient")
+        error = said(lambda tasks=recall, loader=batches: tasks.begin("a", loader=loader))
+        found[case] = (expected, error, recall.stats()["locked"])
     BitStack(tiny.plain()).update(good)
     return found
-
-
-def said(call, *arguments) -> str:
-    try:
-        call(*arguments)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
-
-
-class Shards(unittest.TestCase):
-    def test_are_refused_by_name(self):
-        for case, (expected, error) in in_processes(sharded, count=1)[0].items():
-            with self.subTest(case):
-                self.assertRegex(error, expected)
-
-    def test_zero_placeholders(self):
-        """What DeepSpeed ZeRO 3 leaves in the place of a parameter."""
-        model = tiny.plain()
-        stack = BitStack(model)
-        weight = model.blocks[0].up.weight
-        weight.data, weight.ds_id = torch.empty(0), 1
-        self.assertRegex(said(BitStack, model), "ValueError: .*DeepSpeed ZeRO")
-        self.assertRegex(said(stack.verify), "ValueError: .*DeepSpeed ZeRO")
-
-    def test_zero_optimizer_steps_flat_shards(self):
-        """ZeRO 1 and 2 keep the model's parameters and step copies of them."""
-        model = tiny.plain()
-        flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-        optimizer = torch.optim.SGD([torch.nn.Parameter(flat)], lr=0.1)
-        self.assertRegex(said(BitStack(model).attach, optimizer), "DeepSpeed ZeRO.*not supported")
 
 
 def sharded() -> dict[str, tuple[str, str]]:
@@ -321,8 +260,7 @@ def sharded() -> dict[str, tuple[str, str]]:
     two, one = "ValueError: .*FSDP2 .fully_shard", "ValueError: .*FSDP1 "
     model = tiny.Body(None)
     stack = BitStack(model)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
     found = {
         "FSDP2": (two, said(BitStack, model)),
         "FSDP2 after the stack, attached": (two, said(stack.attach, ADAMW(model.parameters()))),
@@ -335,6 +273,14 @@ def sharded() -> dict[str, tuple[str, str]]:
     found["FSDP1"] = (one, said(BitStack, wrapped))
     found["FSDP1 within"] = (one, said(BitStack, torch.nn.Sequential(wrapped)))
     return found
+
+
+def said(call, *arguments) -> str:
+    try:
+        call(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from damage import damaged
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bitstack_nb import ExactRecall, taskfile
+from bitstack_nb import ExactRecall, maskfile, taskfile
 from bitstack_nb.maskfile import MaskFileError
 
 SERVE = """
@@ -283,10 +283,10 @@ def _with_digests(tensors, metadata):
             key = f"{number}."
             own = {k.removeprefix(key): t for k, t in tensors.items() if k.startswith(key)}
             record.pop("digest")
-            record["digest"] = taskfile._digest(own, record)
+            record["digest"] = maskfile.digest(own, record)
         metadata["tasks"] = json.dumps(records, separators=(",", ":"))
         metadata.pop("digest")
-        metadata["digest"] = taskfile._digest({"base": tensors["base"]}, metadata)
+        metadata["digest"] = maskfile.digest({"base": tensors["base"]}, metadata)
     except (KeyError, ValueError):
         pass
     return metadata

@@ -126,14 +126,15 @@ def averages(runs: pd.DataFrame, columns: Collection[str]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows: dict[str, dict[str, float | None]] = {}
+    rows = {}
     for key, own in runs.groupby("configuration"):
-        rows[key] = {}
+        rows[key] = []
         for name in columns:
             values = own[name].dropna()
-            mean, half = mean_interval(values) if len(values) else (None, None)
-            rows[key] |= {name: mean, f"{name}_interval": half}
-    return pd.DataFrame.from_dict(rows, orient="index", dtype=float)
+            rows[key] += mean_interval(values) if len(values) else (None, None)
+    names = [f"{name}{end}" for name in columns for end in ("", "_interval")]
+    index = pd.Index([*rows], name="configuration")
+    return pd.DataFrame([*rows.values()], index=index, columns=names, dtype=float)
 
 
 def _cell(name: str, value: Any) -> Any:

@@ -19,6 +19,7 @@ from bitstack_nb.results import (
     table,
     task_frame,
 )
+from bitstack_nb.results.frames import averages
 from bitstack_nb.results.metrics import mean_interval
 from bitstack_nb.results.provenance import provenance
 
@@ -41,6 +42,8 @@ def test_a_frame_has_a_row_per_run_and_per_run_and_task():
     mine = tasks[(tasks["seed"] == 1) & (tasks["task"] == TASKS[1])].iloc[0]
     assert (mine["learnt"], mine["final"]) == (results[0].matrix[1][1], results[0].matrix[2][1])
     assert tasks[tasks["strategy"] == "joint"]["learnt"].isna().sum() == 2
+    nothing = averages(runs[:0], ["forgetting"])
+    assert nothing.empty and list(nothing) == ["forgetting", "forgetting_interval"]
 
 
 def test_a_row_holds_the_seeds_of_one_configuration():

@@ -119,14 +119,11 @@ def task_differences(results: Iterable[Result], baseline: str = "single") -> Fig
     """
     results = list(results)
     runs, tasks = frame(results), task_frame(results)
-    names = list(tasks["task"].unique())
-    final = runs.join(tasks.pivot(index=_RUN, columns="task", values="final"), on=_RUN)
-    minus = _differences(final, names, baseline)
-    title = (
-        f"Accuracy on each task at the end, difference to {method(baseline).label}, "
-        "the same seeds paired"
-    )
-    quantities = {name: (name, "points") for name in names}
+    final = tasks.pivot(index=_RUN, columns="task", values="final").add_prefix("final ")
+    quantities = {f"final {name}": (name, "points") for name in tasks["task"].unique()}
+    minus = _differences(runs.join(final, on=_RUN), [*quantities], baseline)
+    title = "Accuracy on each task at the end, difference to {}, the same seeds paired"
+    title = title.format(method(baseline).label)
     return dots(title, grouped(runs), minus, quantities, zero=True, same_scale=True)
 
 
@@ -177,7 +174,7 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
     _set_storage_scale(ax, smallest, nothing=bool((sizes == 0).any()))
     ax.set_ylabel("average accuracy at the end (%)")
     figure.legend(loc="outside right center", frameon=False)
-    figure.suptitle(titled("What an accuracy costs in storage", _members(groups)))
+    figure.suptitle(titled("Average accuracy against storage", _members(groups)))
     text = counted("95 % Student intervals", [len(group.runs) for group in groups])
     note(figure, f"percentages: sparsity; {text}" if len(variants) < len(groups) else text)
     return figure

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
+from matplotlib.ticker import EngFormatter
 
 from bitstack_nb.benchmark.curves import LockCurves
 from bitstack_nb.figures.methods import (
@@ -75,12 +76,12 @@ def ablation(results: Iterable[Result]) -> Figure:
         for label, line in lines.items():
             _draw_line(ax, label, line, column)
         ax.set_title(title)
-        ax.set_xlabel("sparsity (share a task may lock)")
+        ax.set_xlabel("sparsity")
         ax.tick_params("x", labelbottom=True)
-    axes[4].yaxis.set_major_formatter(BYTES)
+    axes[4].yaxis.set_major_formatter(EngFormatter("B"))
     axes[5].axis("off")
     axes[5].legend(*axes[3].get_legend_handles_labels(), loc="center", frameon=False)
-    title = "Sparsity: what a task may lock, and what follows"
+    title = "Effects of the sparsity, the share that a task may lock"
     figure.suptitle(titled(title, runs["result"]))
     note(figure, "mean and 95 % Student interval over n seeds")
     return figure
@@ -257,9 +258,9 @@ def shares(table: pd.DataFrame, what: str) -> pd.DataFrame:
     layers = [*map(_layer_name, sorted(inside["layer"].unique())), OUTSIDE]
     modules = list(dict.fromkeys([*inside["module"], *outside["module"]]))
     percent = 100 * table[what] / table["eligible"]
-    frame = percent.groupby([table["layer"].map(_layer_name), table["module"]]).sum().unstack()
-    frame = frame.reindex(index=layers if len(outside) else layers[:-1], columns=modules)
-    return frame.rename(columns=short_names(modules))
+    found = percent.groupby([table["layer"].map(_layer_name), table["module"]]).sum().unstack()
+    found = found.reindex(index=layers if len(outside) else layers[:-1], columns=modules)
+    return found.rename(columns=short_names(modules))
 
 
 def _layer_name(layer: int | None) -> str:
@@ -416,7 +417,7 @@ def mask_weight(result: Result) -> Figure:
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.margins(x=0.15)
-    ax.xaxis.set_major_formatter(BYTES)
+    ax.xaxis.set_major_formatter(EngFormatter("B"))
     ax.set_title(f"{described(result)}, {stats['total'] / 1e6:.1f} M parameters")
     figure.suptitle(titled("Storage of a mask", [result]))
     return figure

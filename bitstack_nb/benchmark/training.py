@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -83,11 +83,55 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> int:
     """Train in place and return the number of steps. Batches are of texts of similar length."""
-    with _trainer(model, collate, protocol, device, seed, callbacks) as trainer:
-        trainer.train_dataset = data
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=_arguments(protocol, folder, seed=seed, device=device),
+            data_collator=collate,
+            train_dataset=data,
+            callbacks=list(callbacks),
+        )
+        trainer.remove_callback(PrinterCallback)
         if protocol.head_learning_rate is not None:
             _set_head_rate(trainer, protocol.head_learning_rate)
-        return trainer.train().global_step
+        try:
+            return trainer.train().global_step
+        finally:
+            # accelerate wraps forward in autocast and leaves wrapper and mark behind. The wrapper
+            # would still be there in update(); with the mark the next Trainer would not wrap again.
+            if "_original_forward" in vars(model):
+                del model.forward, model._original_forward
+            vars(model).pop("_is_accelerate_prepared", None)
+
+
+def _arguments(
+    protocol: Protocol, folder: str, *, seed: int, device: torch.device
+) -> TrainingArguments:
+    half = half_precision(device)
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=protocol.batch_size,
+        num_train_epochs=protocol.epochs,
+        learning_rate=protocol.learning_rate,
+        weight_decay=protocol.weight_decay,
+        warmup_steps=protocol.warmup_steps,
+        train_sampling_strategy="group_by_length",
+        length_column_name="length",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=seed,
+        use_cpu=device.type == "cpu",
+        bf16=half is torch.bfloat16,
+        fp16=half is torch.float16,
+        dataloader_pin_memory=device.type == "cuda",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    # One GPU: DataParallel would multiply the batch, and its replicas cannot swap heads.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _set_head_rate(trainer: Trainer, rate: float) -> None:
@@ -102,6 +146,7 @@ def _set_head_rate(trainer: Trainer, rate: float) -> None:
             optimizer.add_param_group({**group, "params": heads, "lr": rate})
 
 
+@torch.no_grad()
 def accuracy(
     model: nn.Module,
     data: Dataset,
@@ -109,79 +154,31 @@ def accuracy(
     *,
     protocol: Protocol,
     device: torch.device,
-    callbacks: Sequence[TrainerCallback] = (),
+    bar: tqdm,
 ) -> float:
-    """Percent of the examples that the model classifies as labelled."""
-    with _trainer(model, collate, protocol, device, 0, callbacks) as trainer:
-        # Sorted, so that a batch needs little padding; accuracy does not depend on the order.
-        prediction = trainer.predict(data.select(numpy.argsort(data["length"]).tolist()))
-    return 100 * float((prediction.predictions == prediction.label_ids).mean())
+    """Percent of the examples that the model classifies as labelled; it is left in evaluation mode.
+
+    Batches are four times those of training, in training's precision.
+    """
+    # Sorted, so that a batch needs little padding.
+    ordered = data.select(numpy.argsort(data["length"]).tolist())
+    half, right = half_precision(device), 0
+    model.eval()
+    with torch.autocast(device.type, dtype=half, enabled=half is not None):
+        for batch in DataLoader(ordered, batch_size=4 * protocol.batch_size, collate_fn=collate):
+            own = {name: column.to(device) for name, column in batch.items()}
+            right += int((model(**own).logits.argmax(-1) == own["labels"]).sum())
+            bar.update(1)
+    return 100 * (right / len(data))
 
 
-@contextmanager
-def _trainer(
-    model: nn.Module,
-    collate: Collate,
-    protocol: Protocol,
-    device: torch.device,
-    seed: int,
-    callbacks: Sequence[TrainerCallback],
-) -> Iterator[Trainer]:
-    half = half_precision(device)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=protocol.batch_size,
-            per_device_eval_batch_size=4 * protocol.batch_size,
-            num_train_epochs=protocol.epochs,
-            learning_rate=protocol.learning_rate,
-            weight_decay=protocol.weight_decay,
-            warmup_steps=protocol.warmup_steps,
-            train_sampling_strategy="group_by_length",
-            length_column_name="length",
-            remove_unused_columns=False,
-            label_names=["labels"],
-            seed=seed,
-            use_cpu=device.type == "cpu",
-            bf16=half == "bf16",
-            fp16=half == "fp16",
-            dataloader_pin_memory=device.type == "cuda",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        # One GPU: DataParallel would multiply the batch, and its replicas cannot swap heads.
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            data_collator=collate,
-            callbacks=list(callbacks),
-            preprocess_logits_for_metrics=_classes,
-        )
-        trainer.remove_callback(PrinterCallback)
-        try:
-            yield trainer
-        finally:
-            # accelerate wraps forward in autocast and leaves wrapper and mark behind. The wrapper
-            # would still be there in update(); with the mark the next Trainer would not wrap again.
-            if "_original_forward" in vars(model):
-                del model.forward, model._original_forward
-            vars(model).pop("_is_accelerate_prepared", None)
-
-
-def _classes(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
-    """The predicted classes; some models give hidden states or caches behind the logits."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
-
-
-def half_precision(device: torch.device) -> str | None:
-    """The autocast type that training uses on a device: ``bf16``, ``fp16`` or None."""
+def half_precision(device: torch.device) -> torch.dtype | None:
+    """The type of autocast that training uses on a device; None on a CPU."""
     if device.type != "cuda":
         return None
-    # A T4 emulates bf16, slowly; fp16 is what its tensor cores do.
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # A T4 emulates bf16, slowly, and has tensor cores for fp16.
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float16
 
 
 def find_device(name: str) -> torch.device:
@@ -195,15 +192,11 @@ def find_device(name: str) -> torch.device:
 
 
 class ProgressBar(TrainerCallback):
-    """One bar over all training and evaluation batches of a run."""
+    """Counts training steps on a run's bar, which evaluation counts on too."""
 
     def __init__(self, bar: tqdm) -> None:
         self._bar = bar
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Count a training step."""
-        self._bar.update(1)
-
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        """Count an evaluation batch."""
         self._bar.update(1)

@@ -348,7 +348,7 @@ def test_a_mixed_batch_is_scored_by_each_rows_own_head():
 
 def test_half_precision_is_on_in_every_stage_and_evaluation(tmp_path, monkeypatch):
     """accelerate's mark on the model once kept the second Trainer from autocast."""
-    monkeypatch.setattr(training, "half_precision", lambda device: "bf16")
+    monkeypatch.setattr(training, "half_precision", lambda device: torch.bfloat16)
     dtypes = {"train": [], "evaluate": [], "update": []}
 
     def watched(what, real):

@@ -1,9 +1,9 @@
 """save and load: exact round trips, one bit per weight, and damaged or foreign files refused."""
 
-import ast
 import gc
 import json
 import random
+import re
 import unittest
 from pathlib import Path
 
@@ -217,12 +217,6 @@ class Writing(FileCase):
         self.assertEqual(self.path.read_bytes(), old)
         self.assert_in_folder(self.path.name)
 
-    def test_a_folder_that_cannot_be(self):
-        (self.folder / "file").write_text("x")
-        with self.assertRaises(OSError):
-            self.locked().save(self.folder / "file" / "stack.safetensors")
-        self.assert_in_folder("file")
-
 
 class Refused(FileCase):
     """The error names the file or every mismatch, and the model is left alone."""
@@ -243,16 +237,6 @@ class Refused(FileCase):
         """Save a good file, let `change(tensors, metadata)` spoil it, and write it back."""
         self.locked().save(self.path)
         write(self.path, *changed_content(self.path, change))
-
-    def test_cut_short_or_too_long(self):
-        self.locked().save(self.path)
-        whole = self.path.read_bytes()
-        header = 8 + int.from_bytes(whole[:8], "little")
-        cuts = [0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(whole) - 1]
-        for data in (*(whole[:cut] for cut in cuts), whole + bytes(16)):
-            with self.subTest(len(data)):
-                self.path.write_bytes(data)
-                self.refuse()
 
     def test_foreign_files(self):
         for name, make in {
@@ -369,18 +353,13 @@ class Damaged(FileCase):
 
     def test_nothing_is_unpickled(self):
         """A pickle runs code when it is loaded. numpy, torch and joblib load some if they may."""
-        forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}
+        unpickles = re.compile(
+            r"^\s*(import|from) (pickle|cPickle|dill|cloudpickle|shelve|marshal)\b"
+            r"|torch\.(load|save)\(|joblib(\.| import .*\b)(load|dump|Memory)\b",
+            re.M,
+        )
         for path in Path(bitstack_nb.__file__).parent.rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Import):
-                    self.assertTrue(forbidden.isdisjoint(name.name for name in node.names), path)
-                elif isinstance(node, ast.ImportFrom):
-                    self.assertNotIn(node.module, forbidden, path)
-                    of_joblib = {n.name for n in node.names} if node.module == "joblib" else set()
-                    self.assertTrue(of_joblib.isdisjoint({"load", "dump", "Memory"}), path)
-                elif isinstance(node, ast.Call):
-                    called = ast.unparse(node.func)
-                    self.assertNotIn(called, ("torch.load", "torch.save", "joblib.load"), path)
+            self.assertIsNone(unpickles.search(path.read_text()), path)
 
 
 def changed_content(path: Path, change) -> tuple[dict, dict]:

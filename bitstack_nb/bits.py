@@ -37,7 +37,7 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(bits: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Unpack uint8 ``[ceil(n / 8)]`` into a bool tensor of ``shape`` (n entries)."""
+    """Unpack uint8 ``[ceil(n / 8)]`` into a bool tensor of ``shape`` (n weights)."""
     if bits.dtype != torch.uint8 or bits.shape != (packed_size(shape),):
         raise ValueError(
             f"a mask of shape {tuple(shape)} is packed in {packed_size(shape)} bytes of uint8, "

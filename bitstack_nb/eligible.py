@@ -167,7 +167,7 @@ def recall_parameters(
 
 
 def backbone_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Real-valued buffers that belong to a checkpoint, without those of heads, by name."""
+    """Real-valued buffers that are saved with the model, but for the heads', by name."""
     kept = model.state_dict(keep_vars=True)
     return {
         canonical(name): buffer

@@ -1,4 +1,4 @@
-"""A new task's head fitted on the backbone as it stands, before importance is measured under it."""
+"""Fitting a new task's head on the backbone as it is, before importance is measured."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def fit_heads(
 ) -> None:
     """Take Adam steps on the heads alone, a batch each, round and round the batches.
 
-    In evaluation mode (dropout off, so nothing is drawn), without weight decay and autocast, and
-    in float32 at least: in float16 Adam's squares are lost, and it divides by zero.
-    Training flags, gradients and the global random generators are left as found. Errors as in
+    In evaluation mode (no dropout), without weight decay and autocast, and in float32 at least: in
+    float16 Adam's squares become zero, and it divides by them. Training flags, gradients and the
+    global random generators are left as found. Errors as in
     :func:`bitstack_nb.importance.measure`, and a ValueError if a head becomes NaN or infinite.
 
-    With several ranks all start from rank 0's heads and step by the mean of their gradients, so
-    that the heads are equal after each step.
+    Several ranks start from rank 0's heads and step by the mean of their gradients, so the heads
+    stay equal.
     """
     ranks.check_equal({"head_steps": steps, "head_learning_rate": learning_rate}, "settings")
     ranks.take_firsts({f"head parameter {i}": head for i, head in enumerate(heads)}, "heads")

@@ -233,7 +233,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def batch_loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> torch.Tensor:
-    """The model's loss on a batch, whose unknown keys are dropped; errors as in :func:`measure`."""
+    """The model's loss on a batch, without keys it does not take; errors as in :func:`measure`."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"a batch is a {type(batch).__name__}, expected a mapping such as "

@@ -48,7 +48,7 @@ class Protocol:
         "embedded", "embedded (synthetic), hub, or a folder with <dataset>/train.parquet"
     )
     tasks: tuple[Task, ...] = _setting(FIVE_TASKS, "in training order: names, or Task objects")
-    seed: int = _setting(0, "of samples, heads, the order of batches and dropout")
+    seed: int = _setting(0, "random seed of samples, heads, batches and dropout")
     train_size: int | float = _setting(
         1000, "training examples per task, or a fraction such as 0.05", above=0
     )
@@ -58,8 +58,8 @@ class Protocol:
     max_length: int = _setting(48, "tokens a text is cut at")
     epochs: float = _setting(3, "passes over each task's training sample", above=0)
     batch_size: int = _setting(16, "examples per step", above=0)
-    learning_rate: float = _setting(2e-3, "of AdamW with a linear schedule, per task", above=0)
-    weight_decay: float = _setting(0.01, "of AdamW", least=0)
+    learning_rate: float = _setting(2e-3, "rate of AdamW, with a linear schedule per task", above=0)
+    weight_decay: float = _setting(0.01, "weight decay of AdamW", least=0)
     warmup_steps: int = _setting(
         10, "steps at the start of a task in which the rates rise", whole=True, least=0
     )
@@ -70,13 +70,15 @@ class Protocol:
         "test", "the test split, or held-out training data to choose settings", choices=EVALUATIONS
     )
     importance: str | None = _setting(
-        None, "gradient if not given; random for recall alone", choices=(*IMPORTANCES, RANDOM)
+        None,
+        "score of weights; gradient if not given; random for recall alone",
+        choices=(*IMPORTANCES, RANDOM),
     )
     head_learning_rate: float | None = _setting(
-        None, "of the heads; the same as the backbone's if not given", above=0
+        None, "rate of the heads; the backbone's if not given", above=0
     )
-    strength: float | None = _setting(1e6, "of the penalty of ewc", least=0)
-    rank: int | None = _setting(8, "of the adapters of lora", whole=True, least=1)
+    strength: float | None = _setting(1e6, "strength of the penalty of ewc", least=0)
+    rank: int | None = _setting(8, "rank of the adapters of lora", whole=True, least=1)
     replay_size: int | None = _setting(
         100, "examples that replay keeps of each earlier task", whole=True, least=1
     )

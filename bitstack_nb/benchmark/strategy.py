@@ -29,7 +29,7 @@ class Strategy:
         label: in tables and figures.
         order: place in tables and figures, ascending.
         colour: in figures, as matplotlib takes it.
-        settings: the protocol's fields that this strategy uses, and not every other one does.
+        settings: the protocol's fields that this strategy uses, but not all strategies do.
         drifts: whether later stages change the backbone that earlier tasks are predicted with.
     """
 

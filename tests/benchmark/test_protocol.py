@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 
 import pytest
 
-from bitstack_nb import Protocol
-from bitstack_nb.benchmark import PRESETS, all_strategies, strategy_names
+from bitstack_nb import Protocol, run
+from bitstack_nb.benchmark import PRESETS, all_strategies, strategies, strategy_names
 
 SMALL = Protocol(tasks=("imdb", "ag_news", "dbpedia"), train_size=64, test_size=56, epochs=1)
 # Also tests/results/test_recorded.py: every recorded run has the name of its protocol.
@@ -62,6 +62,23 @@ def test_every_strategy_says_how_it_is_shown():
     assert all(known.issuperset(s.settings) for s in strategies.values())
     shown = ("finetune", "ewc", "replay", "random-mask", "bitstack", "lora", "recall", "single")
     assert [name for name in strategies if name in shown] == list(shown)
+
+
+def test_a_new_strategy_is_a_new_file(tmp_path, monkeypatch):
+    (tmp_path / "just_mine.py").write_text(
+        "from bitstack_nb.benchmark.strategy import Strategy\n"
+        "class Mine(Strategy):\n"
+        "    name, label, order, colour = 'just-mine', 'my own', 35, 'red'\n"
+    )
+    monkeypatch.setattr(strategies, "__path__", [*strategies.__path__, str(tmp_path)])
+    all_strategies.cache_clear()
+    try:
+        assert "just-mine" in strategy_names()
+        protocol = replace(SMALL, tasks=("imdb",), train_size=16, strategy="just-mine")
+        assert run(protocol, output=tmp_path / "runs").protocol["strategy"] == "just-mine"
+        assert list(all_strategies()).index("just-mine") == 1 + list(all_strategies()).index("ewc")
+    finally:
+        all_strategies.cache_clear()
 
 
 def test_every_field_says_what_it_is():

@@ -47,7 +47,7 @@ def summary(results: Iterable[Result]) -> pd.DataFrame:
     """
     runs = frame(results)
     minus = mean_differences(pairs(runs, "single"), ["average_accuracy"])
-    minus = minus.reindex(columns=_with_intervals(["average_accuracy"]))  # also without any pair
+    minus = minus.reindex(columns=_with_intervals(["average_accuracy"]))
     minus.columns = _with_intervals(["minus_separate_models"])
     found = named(by_configuration(runs).join(minus))
     empty = [name for name in found if found[name].isna().all()]

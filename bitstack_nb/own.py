@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bitstack_nb import ranks
 from bitstack_nb.bits import put, take
+from bitstack_nb.importance import choose
 
 VECTOR = "own_weights"  # the vector's name among the model's parameters, followed by its dtype
 
@@ -66,35 +67,44 @@ class Layout:
 
     def own(self, where: Sequence[torch.Tensor]) -> Own:
         """The weights at these positions of each parameter, with the values they have now."""
-        device = next(iter(self.parameters.values())).device
-        positions = torch.cat([at.to(device, torch.int32) for at in where])
+        positions = torch.cat([at.to(self._device(), torch.int32) for at in where])
         own = Own([len(at) for at in where], positions, [])
         return own._replace(values=self.read(own))
 
     def read(self, own: Own) -> list[torch.Tensor]:
         """The values that the model has at these positions now, a tensor per dtype."""
-        values: list[list[torch.Tensor]] = [[] for _ in self.dtypes]
+        sizes, device = self._by_dtype(own.counts), own.positions.device
+        values = [
+            torch.empty(sum(size), dtype=dtype, device=device)
+            for dtype, size in zip(self.dtypes, sizes, strict=True)
+        ]
+        parts = [part for v, size in zip(values, sizes, strict=True) for part in v.split(size)]
         positions = own.positions.split(own.counts)
-        for (_, parameter, group), where in zip(self._places, positions, strict=True):
-            taken = take(parameter, where.to(parameter.device))
-            values[group].append(taken.to(own.positions.device))
-        return [torch.cat(own_values) for own_values in values]
+        for (_, parameter, _), where, part in zip(self._places, positions, parts, strict=True):
+            part.copy_(take(parameter, where.to(parameter.device)))
+        return values
 
     def pieces(self, own: Own) -> Iterator[Piece]:
         """The own weights parameter by parameter, without those that have none."""
-        device = self._places[0][1].device  # moved at once, not piece by piece
+        device = self._device()  # moved at once, not piece by piece
         positions = own.positions.to(device).split(own.counts)
-        by_dtype: list[list[int]] = [[] for _ in self.dtypes]
-        for (*_, group), count in zip(self._places, own.counts, strict=True):
-            by_dtype[group].append(count)
-        values: list[torch.Tensor] = []
-        for group, (dtype, flat) in enumerate(zip(self.dtypes, own.values, strict=True)):
-            values += flat.detach().to(device, dtype).split(by_dtype[group])
+        flat = [v.detach().to(device, d) for v, d in zip(own.values, self.dtypes, strict=True)]
+        sizes = self._by_dtype(own.counts)
+        values = [part for v, size in zip(flat, sizes, strict=True) for part in v.split(size)]
         for (name, parameter, _), where, value in zip(self._places, positions, values, strict=True):
             if value.numel():
                 if (at := parameter.device) != device:  # the model lies on several
                     where, value = where.to(at), value.to(at)
                 yield Piece(name, parameter, where, value)
+
+    def _device(self) -> torch.device:
+        return self._places[0][1].device
+
+    def _by_dtype(self, counts: Sequence[int]) -> list[list[int]]:
+        parted: list[list[int]] = [[] for _ in self.dtypes]
+        for (*_, dtype), count in zip(self._places, counts, strict=True):
+            parted[dtype].append(count)
+        return parted
 
     def write(self, own: Own) -> None:
         """Put own weights into the model."""
@@ -107,35 +117,29 @@ def random_positions(
 ) -> list[torch.Tensor]:
     """Positions in each parameter of ``count`` weights chosen at random, all equally likely.
 
-    They are those with the largest scores of ``importance.draw``, but no more than about ``count``
-    scores are in memory at a time. A seed gives the same on every device.
+    They are those with the largest of ``importance.random_scores``, of which only the candidates
+    are kept. A seed gives the same on every device.
     """
-    total = sum(p.numel() for p in parameters.values())
-    # Nearly surely at least count of the total scores, uniform up to 1, are beyond this.
-    limit = 1 - (count + 10 * count**0.5 + 100) / total
-    scores, where = _scores_from(limit, parameters, seed=seed)
-    if sum(map(len, scores)) < count:
+    # Nearly surely at least count of all scores, which are uniform up to 1, are beyond this limit.
+    limit = 1 - (count + 10 * count**0.5 + 100) / sum(p.numel() for p in parameters.values())
+    scores, where = _scores_from(max(limit, 0), parameters, seed=seed)
+    if sum(map(len, where.values())) < count:
         scores, where = _scores_from(0, parameters, seed=seed)
-    everything = torch.cat(scores)
-    threshold = everything.kthvalue(len(everything) - count + 1).values
-    chosen = everything >= threshold
-    surplus = int(chosen.sum()) - count
-    ties = (everything == threshold).nonzero().flatten()
-    chosen[ties[len(ties) - surplus :]] = False
-    split = chosen.split([len(at) for at in where])
-    return [at[keep] for at, keep in zip(where, split, strict=True)]
+    chosen = choose(scores, count, ties=False)
+    return [positions[chosen[name]] for name, positions in where.items()]
 
 
 def _scores_from(
     limit: float, parameters: Mapping[str, torch.Tensor], *, seed: int
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The scores of each parameter that are at least ``limit``, and their positions."""
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The random scores of each parameter that are at least ``limit``, and their positions."""
     generator = torch.Generator().manual_seed(seed)
-    scores, where = [], []
-    for p in parameters.values():
-        drawn = torch.rand(p.shape, generator=generator, dtype=torch.float32, device="cpu")
-        where.append((drawn.flatten() >= limit).nonzero().flatten())
-        scores.append(drawn.flatten()[where[-1]])
+    scores, where = {}, {}
+    for name, p in parameters.items():
+        every = torch.rand(p.shape, generator=generator, dtype=torch.float32, device="cpu")
+        every = every.clamp_(min=torch.finfo(torch.float32).tiny).flatten()
+        where[name] = (every >= limit).nonzero().flatten().int()
+        scores[name] = every[where[name]]
     return scores, where
 
 
@@ -152,7 +156,7 @@ class Vector:
     Args:
         host: the backbone.
         layout: of the model's eligible parameters.
-        own: the task's own weights, with the values that are in the model.
+        own: the task's own weights, with the values that are in the model; the vector takes them.
         shown: tells whether the model is the task's now.
         after_step: called after the vector was written into the model.
         after_load: called after a state dict was loaded into the model and the vector.
@@ -170,7 +174,7 @@ class Vector:
     ) -> None:
         self._host, self._layout = host, layout
         self._shown, self._after_step, self._after_load = shown, after_step, after_load
-        self.parameters = [nn.Parameter(values.clone()) for values in own.values]
+        self.parameters = [nn.Parameter(values) for values in own.values]
         self.own = own._replace(values=self.parameters)
         self._gathering: list[RemovableHandle] = []  # of the hooks on the model's parameters
         self._hiding: list[RemovableHandle] = []

@@ -60,7 +60,7 @@ class Task:
         name: the task's.
         labels: the names of its labels; None where the head in the model was taken as it was.
         seed: of its random own weights and its new head.
-        own: its own weights; those of an open task are in its vector.
+        own: its own weights; the values of an open task are its vector.
         head: its modules, which stand in the model while the task is shown.
         digests: of the closed task's head, by tensor.
     """
@@ -262,8 +262,10 @@ class ExactRecall:
                 )
             self.verify()
             dtypes = [v.dtype if values is None else torch.bfloat16 for v in vector.parameters]
-            rounded = [v.detach().to(d) for v, d in zip(vector.parameters, dtypes, strict=True)]
-            task.own = vector.own._replace(values=rounded)
+            final = [
+                v.detach().to(d, copy=True) for v, d in zip(vector.parameters, dtypes, strict=True)
+            ]
+            task.own = vector.own._replace(values=final)
             self._layout.write(task.own)
             self._exchange.own = task.own
             task.head.config = heads.present(self._model, self._parts).config
@@ -342,7 +344,7 @@ class ExactRecall:
         else:
             self._check_alone()
             task = self._task(name)
-            self._exchange.show(name, self._own(task), head or task.head)
+            self._exchange.show(name, task.own, head or task.head)
 
     # What there is ------------------------------------------------------------------------------
 
@@ -431,7 +433,7 @@ class ExactRecall:
         """The tensors with own weights of a task, and those of its head, that have moved."""
         own = [
             piece.name
-            for piece in self._layout.pieces(self._own(task))
+            for piece in self._layout.pieces(task.own)
             if differing(take(piece.parameter, piece.where), piece.values)
         ]
         found = task.head.digests() if task.digests else {}
@@ -550,6 +552,7 @@ class ExactRecall:
             after_step=self._base.put_back_buffers,
             after_load=self.verify,
         )
+        task.own = vector.own
         self._open = task, vector
         vector.register()
         if ranks.count() > 1:  # DDP reduces the head's gradients only; the vector sees to its own
@@ -578,9 +581,6 @@ class ExactRecall:
         if name not in self._tasks:
             raise ValueError(self._no_task(name))
         return self._tasks[name]
-
-    def _own(self, task: Task) -> Own:
-        return self._open[1].own if self._open and self._open[0] is task else task.own
 
     def _no_task(self, name: object) -> str:
         known = ", ".join(map(repr, self._tasks)) or "none yet"

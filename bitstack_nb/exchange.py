@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 
 from bitstack_nb import head as heads
 from bitstack_nb.base import Base
+from bitstack_nb.bits import differing, take
+from bitstack_nb.guard import guarded
 from bitstack_nb.head import Head
 from bitstack_nb.own import Layout, Own
+
+# All that were made for a model: no two of them may show a task on it at a time.
+_of_model: WeakKeyDictionary[nn.Module, WeakSet[Exchange]] = WeakKeyDictionary()
 
 
 class Exchange:
@@ -36,15 +43,23 @@ class Exchange:
         self.lock = threading.RLock()
         self.own: Own | None = None
         self._blocks: list[FrameType] = []  # that have entered using() and not left it
+        _of_model.setdefault(model, WeakSet()).add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
-        return copied_without(self, memo, lock=threading.RLock(), _blocks=[])
+        copied = memo[id(self)] = object.__new__(type(self))
+        own = {"lock": threading.RLock(), "_blocks": []}  # which cannot be copied
+        others = {name: value for name, value in vars(self).items() if name not in own}
+        vars(copied).update(copy.deepcopy(others, memo) | own)
+        _of_model.setdefault(copied.model, WeakSet()).add(copied)
+        return copied
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def show(self, name: str | None, own: Own | None, head: Head) -> None:
         """Make the model that of a task: its own weights on the base, and its head."""
         self._base.check_present()
+        if name is not None:
+            check_alone(self.model, self)
         self._base.put_back_buffers()
         if name != self.shown:
             former = self.shown, self.own
@@ -58,6 +73,17 @@ class Exchange:
         heads.place(self.model, head)
         # Inside autocast the next forward would read the casts of the weights that were there.
         torch.clear_autocast_cache()
+
+    def moved(self) -> list[str]:
+        """The tensors of the base, and those with own weights, that are not what they must be."""
+        self._base.check_present()
+        covered = [] if self.covered is None else self.layout.pieces(self.covered)
+        own = [] if self.own is None else self.layout.pieces(self.own)
+        return self._base.moved({piece.name: piece for piece in covered}) + [
+            f"{piece.name} (own weights)"
+            for piece in own
+            if differing(take(piece.parameter, piece.where), piece.values)
+        ]
 
     def _uncover(self) -> None:
         """Bring the base back; doing it twice does no harm."""
@@ -76,6 +102,21 @@ class Exchange:
         """Raise a RuntimeError in a ``using`` block: leaving it has to find what it left."""
         if self._blocks:
             raise RuntimeError(f"{method} within a using(...) block: leave the block first")
+
+
+def check_alone(model: nn.Module, own: Exchange | None = None) -> None:
+    """Raise a RuntimeError if a model is a task of another exchange, or has locked weights."""
+    if guarded(model):
+        raise RuntimeError(
+            "a BitStack has hooks on this model, so own weights that it locks would not train: "
+            "call its detach() first"
+        )
+    for other in _of_model.get(model, ()):
+        if other is not own and other.shown is not None:
+            raise RuntimeError(
+                f"another ExactRecall shows its task {other.shown!r} on this model: its "
+                "switch(None), or abandon() of an open task, brings the base back"
+            )
 
 
 class Block:
@@ -133,14 +174,3 @@ def _calls(outer: FrameType, inner: FrameType | None) -> bool:
     while inner is not None and inner is not outer:
         inner = inner.f_back
     return inner is outer
-
-
-def copied_without(source: Any, memo: dict[int, Any], **instead: Any) -> Any:
-    """A deep copy with some attributes replaced, as those that cannot be copied."""
-    import copy
-
-    copied = object.__new__(type(source))
-    memo[id(source)] = copied
-    for name, value in vars(source).items():
-        vars(copied)[name] = instead[name] if name in instead else copy.deepcopy(value, memo)
-    return copied

@@ -66,6 +66,10 @@ class Head:
         """The digest of every tensor, by name."""
         return {name: digest(tensor) for name, tensor in self.state_dict().items()}
 
+    def differing(self, digests: Mapping[str, str]) -> list[str]:
+        """The tensors whose digests are no longer these, for a message."""
+        return [f"{name} (head)" for name, own in self.digests().items() if own != digests[name]]
+
     def set_trainable(self, trainable: bool) -> None:
         """Let its parameters take gradients from now on, or none."""
         for _, parameter in self.named_parameters():

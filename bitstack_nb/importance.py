@@ -193,6 +193,37 @@ def _descend(counts: torch.Tensor, k: int) -> tuple[int, int]:
     return len(counts) - 1 - position, k - above
 
 
+def random_positions(
+    parameters: Mapping[str, torch.Tensor], count: int, *, seed: int
+) -> list[torch.Tensor]:
+    """Positions in each parameter of ``count`` weights chosen at random, all equally likely.
+
+    They are those with the largest of :func:`random_scores`, of which only candidates are kept. A
+    seed gives the same on every device.
+    """
+    # Nearly surely at least count of all scores, which are uniform up to 1, are beyond this limit.
+    limit = 1 - (count + 10 * count**0.5 + 100) / sum(p.numel() for p in parameters.values())
+    scores, where = _scores_from(max(limit, 0), parameters, seed=seed)
+    if sum(map(len, where.values())) < count:
+        scores, where = _scores_from(0, parameters, seed=seed)
+    chosen = choose(scores, count, ties=False)
+    return [positions[chosen[name]] for name, positions in where.items()]
+
+
+def _scores_from(
+    limit: float, parameters: Mapping[str, torch.Tensor], *, seed: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The random scores of each parameter that are at least ``limit``, and their positions."""
+    generator = torch.Generator().manual_seed(seed)
+    scores, where = {}, {}
+    for name, p in parameters.items():
+        every = torch.rand(p.shape, generator=generator, dtype=torch.float32, device="cpu")
+        every = every.clamp_(min=torch.finfo(torch.float32).tiny).flatten()
+        where[name] = (every >= limit).nonzero().flatten().int()
+        scores[name] = every[where[name]]
+    return scores, where
+
+
 # What measuring needs -------------------------------------------------------------------------
 
 

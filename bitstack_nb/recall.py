@@ -4,7 +4,7 @@ A task is a name, a head, label names and own weights: positions in the eligible
 base, and their values. Its model is the base with these values put in, whatever was trained before
 or after. Tasks know nothing of each other, and their own weights may overlap.
 
-``own`` trains own weights, ``exchange`` puts a task into the model, ``taskfile`` is the file.
+``vector`` trains own weights, ``exchange`` puts a task into the model, ``taskfile`` is the file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -24,8 +23,7 @@ from torch import nn
 from bitstack_nb import eligible, ranks, taskfile
 from bitstack_nb import head as heads
 from bitstack_nb.base import Base
-from bitstack_nb.bits import differing, take
-from bitstack_nb.exchange import Block, Exchange
+from bitstack_nb.exchange import Block, Exchange, check_alone
 from bitstack_nb.fitting import (
     HEAD_LEARNING_RATE,
     HEAD_STEPS,
@@ -34,22 +32,20 @@ from bitstack_nb.fitting import (
     fit_heads,
     put_back_on_error,
 )
-from bitstack_nb.guard import LockedWeightsMoved, guarded
+from bitstack_nb.guard import LockedWeightsMoved
 from bitstack_nb.head import Head
-from bitstack_nb.importance import check_batches, choose, measure
-from bitstack_nb.locks import Masks, TaskLocks, layer_table
+from bitstack_nb.importance import check_batches, choose, measure, random_positions
+from bitstack_nb.locks import layer_table
 from bitstack_nb.maskfile import MaskFileError, check_match
-from bitstack_nb.own import Layout, Own, Vector, random_positions
+from bitstack_nb.own import Layout, Own
 from bitstack_nb.settings import IMPORTANCES, RANDOM, check_settings
+from bitstack_nb.vector import Vector
 
 if TYPE_CHECKING:
     import pandas
     from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
-
-# All that were made for a model: no two of them may show a task on it at a time.
-_of_model: WeakKeyDictionary[nn.Module, WeakSet[ExactRecall]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -112,7 +108,7 @@ class ExactRecall:
             "importance": importance,
         }
         self._model = eligible.unwrap(model)
-        self._check_alone()
+        check_alone(self._model)
         eligible.trainable_heads(self._model)  # or an error now
         own, fixed = eligible.recall_parameters(self._model, exclude)
         self._layout = Layout(own)
@@ -131,15 +127,12 @@ class ExactRecall:
         self._tasks: dict[str, Task] = {}
         self._begun = 0  # tasks closed so far, those removed since too
         self._open: tuple[Task, Vector] | None = None
-        self._trained: dict[str, bool] = {}  # which parameters took gradients before begin()
-        _of_model.setdefault(self._model, WeakSet()).add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExactRecall:
         if self._open:
             raise RuntimeError(f"{self._still_open()} Then copy")
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy(vars(self), memo))
-        _of_model.setdefault(copied._model, WeakSet()).add(copied)
         return copied
 
     # One task after the other -------------------------------------------------------------------
@@ -325,14 +318,14 @@ class ExactRecall:
 
     def export(self, name: str | None) -> nn.Module:
         """A plain copy of a task's model, with its head and label names; None is the base."""
-        with self.using(name):
-            vector = self._open[1].out_of_the_model() if self._open else nullcontext()
-            with vector:
-                exported = copy.deepcopy(self._model)
+        vector = self._open[1] if self._open else None
+        with self.using(name), vector.out_of_the_model() if vector else nullcontext():
+            exported = copy.deepcopy(self._model)
         if "_original_forward" in vars(exported) and "_hf_hook" not in vars(exported):
             # The autocast wrapper that a Trainer leaves behind would run the model copied from.
             del exported.forward, exported._original_forward
-        trained = self._trained or {n: p.requires_grad for n, p in self._base.parameters.items()}
+        base = {n: p.requires_grad for n, p in self._base.parameters.items()}
+        trained = vector.trained if vector else base
         for own, parameter in exported.named_parameters():
             known = trained.get(eligible.canonical(own), parameter.is_floating_point())
             parameter.requires_grad_(known)
@@ -342,8 +335,8 @@ class ExactRecall:
         if name is None:
             self._exchange.show(None, None, head or self._base_head)
         else:
-            self._check_alone()
             task = self._task(name)
+            task.own = self._layout.here(task.own)
             self._exchange.show(name, task.own, head or task.head)
 
     # What there is ------------------------------------------------------------------------------
@@ -360,20 +353,12 @@ class ExactRecall:
 
     def mask(self, name: str) -> Mapping[str, torch.Tensor]:
         """By parameter a bool tensor of its shape, True at the task's own weights."""
-        own, parameters = self._task(name).own, self._layout.parameters
-        where = dict(zip(parameters, own.positions.split(own.counts), strict=True))
-
-        def unpacked(parameter: str) -> torch.Tensor:
-            shape, device = parameters[parameter].shape, parameters[parameter].device
-            mask = torch.zeros(shape, dtype=torch.bool, device=device)
-            mask.view(-1)[where[parameter].to(device, torch.int64)] = True
-            return mask
-
-        return Masks(parameters, unpacked)
+        return self._layout.masks(self._task(name).own)
 
     def stats(self) -> dict[str, float]:
         """The weights that are any task's own (``locked``), all, and the eligible; in percent."""
-        locked = sum(locks.added for task in self._locks() for locks in task.values())
+        counted = self._layout.counted([task.own for task in self._all_tasks()])
+        locked = sum(locks.added for task in counted for locks in task.values())
         return {
             "locked": locked,
             "total": self._total,
@@ -389,20 +374,11 @@ class ExactRecall:
         eligible, selected (the task's own weights), added (of those, no earlier task's), locked
         (any task's so far), lock_fraction (locked over eligible, 0 to 1).
         """
-        return layer_table(self._layout.parameters, self._locks())
+        counted = self._layout.counted([task.own for task in self._all_tasks()])
+        return layer_table(self._layout.parameters, counted)
 
-    def _locks(self) -> list[dict[str, TaskLocks]]:
-        """Own weights by task and parameter, and how many of them are no earlier task's."""
-        tasks = [*self._tasks.values(), *([self._open[0]] if self._open else [])]
-        split = [task.own.positions.split(task.own.counts) for task in tasks]
-        counted: list[dict[str, TaskLocks]] = [{} for _ in tasks]
-        for at, (name, parameter) in enumerate(self._layout.parameters.items()):
-            taken = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
-            for task, positions in zip(counted, split, strict=True):
-                own = positions[at].to(taken.device, torch.int64)
-                task[name] = TaskLocks(len(own), len(own) - int(taken[own].sum()))
-                taken[own] = True
-        return counted
+    def _all_tasks(self) -> list[Task]:
+        return [*self._tasks.values(), *([self._open[0]] if self._open else [])]
 
     def verify(self) -> int:
         """Count the tensors that are not bit for bit what they must be: 0.
@@ -415,12 +391,9 @@ class ExactRecall:
         """
         with self._exchange.lock:
             eligible.refuse_shards(self._model)
-            self._base.check_present()
-            covered = self._exchange.covered
-            pieces = {} if covered is None else {p.name: p for p in self._layout.pieces(covered)}
-            moved = self._base.moved(pieces)
-            if self._exchange.shown is not None:
-                moved += self._moved_of(self._task(self._exchange.shown))
+            moved = self._exchange.moved()
+            if self.shown in self._tasks:
+                moved += self._tasks[self.shown].head.differing(self._tasks[self.shown].digests)
         if moved:
             raise LockedWeightsMoved(
                 f"{len(moved)} tensors are not what they were: {', '.join(moved[:3])}"
@@ -428,19 +401,6 @@ class ExactRecall:
                 "of an open task: load the base anew, and the tasks from their file"
             )
         return 0
-
-    def _moved_of(self, task: Task) -> list[str]:
-        """The tensors with own weights of a task, and those of its head, that have moved."""
-        own = [
-            piece.name
-            for piece in self._layout.pieces(task.own)
-            if differing(take(piece.parameter, piece.where), piece.values)
-        ]
-        found = task.head.digests() if task.digests else {}
-        head = [name for name, own_digest in found.items() if own_digest != task.digests[name]]
-        return [f"{name} (own weights of {task.name!r})" for name in own] + [
-            f"{name} (head of {task.name!r})" for name in head
-        ]
 
     # Keeping it ---------------------------------------------------------------------------------
 
@@ -506,7 +466,7 @@ class ExactRecall:
             raise ValueError(f"there is a task {name!r} already: choose another name, or remove it")
         if labels is not None:
             heads.check_labels(labels)
-        self._check_alone()
+        check_alone(self._model, self._exchange)
 
     def _batches(
         self, loader: Iterable[Mapping[str, Any]] | None, n_batches: int, head_steps: int
@@ -539,28 +499,18 @@ class ExactRecall:
 
     def _start(self, task: Task) -> None:
         """Make a task the open one; nothing but its head takes gradients for now."""
-        self._trained = {n: p.requires_grad for n, p in self._base.parameters.items()}
-        for parameter in self._base.parameters.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        host = getattr(self._model, getattr(self._model, "base_model_prefix", "") or " ", None)
         vector = Vector(
-            host if isinstance(host, nn.Module) else self._model,
+            self._model,
             self._layout,
             task.own,
-            shown=lambda: self._exchange.shown == task.name,
+            base=self._base.parameters,
+            shown=lambda: self.shown == task.name,
             after_step=self._base.put_back_buffers,
             after_load=self.verify,
         )
         task.own = vector.own
         self._open = task, vector
         vector.register()
-        if ranks.count() > 1:  # DDP reduces the head's gradients only; the vector sees to its own
-            head = {id(p) for _, p in task.head.named_parameters()}
-            others = [n for n, p in self._model.named_parameters() if id(p) not in head]
-            # DDP writes the name of a parameter outside all submodules with a point.
-            dotted = [f".{name}" for name in others if "." not in name]
-            self._model._ddp_params_and_buffers_to_ignore = others + dotted
         self._show(task.name)
 
     def _end(self) -> None:
@@ -568,10 +518,6 @@ class ExactRecall:
         if self._open:
             self._open[1].remove()
             self._open = None
-            vars(self._model).pop("_ddp_params_and_buffers_to_ignore", None)
-        for name, trained in self._trained.items():
-            self._base.parameters[name].requires_grad_(trained)
-        self._trained = {}
 
     # Errors -------------------------------------------------------------------------------------
 
@@ -593,16 +539,3 @@ class ExactRecall:
 
     def _still_open(self) -> str:
         return f"task {self._open[0].name!r} is open: close() keeps it, abandon() gives it up."
-
-    def _check_alone(self) -> None:
-        if guarded(self._model):
-            raise RuntimeError(
-                "a BitStack has hooks on this model, so own weights that it locks would not "
-                "train: call its detach() first"
-            )
-        for other in _of_model.get(self._model, ()):
-            if other is not self and other.shown is not None:
-                raise RuntimeError(
-                    f"another ExactRecall shows its task {other.shown!r} on this model: its "
-                    "switch(None), or abandon() of an open task, brings the base back"
-                )

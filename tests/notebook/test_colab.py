@@ -54,6 +54,7 @@ def test_notebook_01_runs_on_colab_with_nothing_else_there(tmp_path, content, cl
         [*papermill.split(), "--parameters_yaml", "{SEEDS: [0, 1]}"],
         content,
         BITSTACK_REPOSITORY=clone_from,
+        BITSTACK_PRESET="ci",
     )
     assert (content / "done.ipynb").exists(), said
     cells = code_cells(read(content / "done.ipynb"))

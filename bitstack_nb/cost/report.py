@@ -161,8 +161,7 @@ def _growing(tasks: int, rounds: int) -> dict[str, partial[measure.Times]]:
         ),
         "update": partial(measure.update, rounds=rounds, plainly=False),
     }
-    # With one task there is no switch, and more than 1 / SPARSITY tasks find no free weights.
-    if 1 < tasks <= 1 / measure.SPARSITY:
+    if tasks > 1:  # with one task there is no switch
         works["recall switch"] = partial(measure.recall_switch, tasks=tasks, rounds=rounds)
     return works
 

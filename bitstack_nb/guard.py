@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -46,9 +47,8 @@ class Guard:
 
     def __init__(self, model: nn.Module, locks: Locks) -> None:
         self._model, self._locks = model, locks
-        self._attached: WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = (
-            WeakKeyDictionary()
-        )
+        self._attached: WeakKeyDictionary[torch.optim.Optimizer, tuple[RemovableHandle, ...]]
+        self._attached = WeakKeyDictionary()
         self.handles: dict[str, RemovableHandle] = {}
         self.hook_calls: dict[str, int] = {}
         _guards.setdefault(model, WeakSet()).add(self)
@@ -89,25 +89,29 @@ class Guard:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer")
         self.check_still_the_models()
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if stepped.isdisjoint(id(p) for p in self._locks.parameters.values()):
+        if _held_by(optimizer).isdisjoint(id(p) for p in self._locks.parameters.values()):
             raise ValueError(
                 f"this {type(optimizer).__name__} holds none of the stack's parameters: build it "
                 "from the parameters of the stack's model (shards of FSDP or DeepSpeed ZeRO are "
                 "other parameters, and not supported)"
             )
         self.add_gradient_hooks()
-        if optimizer in self._attached:
-            self._attached[optimizer].remove()
-        # A compiled step must not trace it: what is put back would become a constant.
-        put_back = torch.compiler.disable(self._locks.restore)
-        handle = optimizer.register_step_post_hook(lambda *_: put_back())
-        self._attached[optimizer] = handle
-        return handle
+        for handle in self._attached.pop(optimizer, ()):
+            handle.remove()
+        # A compiled step must not trace these: what is put back would become a constant.
+        mask, put_back = map(torch.compiler.disable, (self._locks.zero_waiting, self._put_back))
+        before = optimizer.register_step_pre_hook(lambda *_: mask())
+        after = optimizer.register_step_post_hook(lambda stepped, *_: put_back(stepped))
+        self._attached[optimizer] = before, after
+        return after
+
+    def _put_back(self, stepped: torch.optim.Optimizer) -> None:
+        # Only its own weights: a backward pass that still runs may need the others untouched.
+        self._locks.restore(_held_by(stepped))
 
     def detach(self) -> None:
         """Remove every gradient and optimizer hook."""
-        for handle in (*self.handles.values(), *self._attached.values()):
+        for handle in (*self.handles.values(), *chain(*self._attached.values())):
             handle.remove()
         self.handles.clear()
         self._attached.clear()
@@ -144,3 +148,8 @@ class Guard:
         if self.handles:
             copied.add_gradient_hooks()
         return copied
+
+
+def _held_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of an optimizer's parameters."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +16,8 @@ from bitstack_nb.eligible import place
 
 if TYPE_CHECKING:
     import pandas
+
+    from bitstack_nb.kernels import Fused
 
 
 class TaskLocks(NamedTuple):
@@ -42,6 +47,9 @@ class Locks:
         # In the order of the flattened parameter.
         self._values = {name: p.detach().new_empty(0) for name, p in self.parameters.items()}
         self._tasks: list[dict[str, TaskLocks]] = []
+        self._fused: Fused | None = None
+        # Gradients that are still to be zeroed, by the backward pass that made them.
+        self._waiting: dict[int, set[str]] = {}
 
     @property
     def count(self) -> int:
@@ -74,6 +82,7 @@ class Locks:
         if self._bits[name].device != parameter.device:
             self._bits[name] = self._bits[name].to(parameter.device)
             self._values[name] = values.to(parameter.device)
+            self._fused = None
         return self._bits[name]
 
     @torch.no_grad()
@@ -82,22 +91,44 @@ class Locks:
 
         All that is new is computed before anything old is replaced.
         """
-        new_bits, new_values, task = {}, {}, {}
+        new_bits, task = {}, {}
         for name, mask in chosen.items():
-            old = self.mask(name)
-            union = mask | old
+            new_bits[name] = bits.pack(mask) | self._followed(name)
+        new_values = self._present(new_bits)
+        for name, mask in chosen.items():
             # A weight locked before keeps the value it was locked with, though it may have moved.
-            current = self.parameters[name].detach().clone()
-            current.masked_scatter_(old, self._values[name])
-            new_bits[name] = bits.pack(union)
-            new_values[name] = current.masked_select(union)
+            old = self.mask(name).masked_select(bits.unpack(new_bits[name], mask.shape))
+            new_values[name].masked_scatter_(old, self._values[name])
             added = len(new_values[name]) - len(self._values[name])
             task[name] = TaskLocks(int(mask.sum()), added)
-        self._bits, self._values = new_bits, new_values
+        self._bits, self._values, self._fused = new_bits, new_values, None
         self._tasks.append(task)
 
-    def zeroed(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of a parameter, zero where it is locked."""
+    def _present(self, packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The values that the weights of these packed masks have now."""
+        kernels = self._kernels()
+        taken = kernels.Fused(self.parameters, packed).take(self.parameters) if kernels else {}
+        return {
+            name: taken[name]
+            if name in taken
+            else p.detach().masked_select(bits.unpack(packed[name], p.shape))
+            for name, p in self.parameters.items()
+        }
+
+    # The guarantee ------------------------------------------------------------------------------
+
+    def zeroed(self, name: str, gradient: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of a parameter, zero where it is locked.
+
+        None on a GPU that zeroes the gradients of all parameters when the backward pass ends.
+        """
+        kernels = _kernels(gradient.device)
+        if kernels and kernels.can_wait(self.parameters[name], gradient):
+            backward_pass = torch._C._current_graph_task_id()
+            if backward_pass not in self._waiting:
+                kernels.after_backward(self.zero_waiting)
+            self._waiting.setdefault(backward_pass, set()).add(name)
+            return None
         # Not a product of numbers: inf * 0 is NaN.
         if gradient.device.type != "cpu" or gradient.requires_grad:
             return gradient.masked_fill(self.mask(name), 0)
@@ -106,9 +137,26 @@ class Locks:
         return (bits.pattern(gradient) * free).view(gradient.dtype)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put every locked weight back to the value it was locked with."""
-        for name in self.names:
+    def zero_waiting(self) -> None:
+        """Zero where they are locked the gradients that ``zeroed`` left for later."""
+        waiting, self._waiting = self._waiting, {}
+        names = set().union(*waiting.values())
+        gradients = {n: g for n in names if (g := self.parameters[n].grad) is not None}
+        fused = self._followed_and_fused(gradients)
+        for name in fused.zero(gradients) if fused else gradients:
+            gradients[name].masked_fill_(self.mask(name), 0)
+
+    @torch.no_grad()
+    def restore(self, stepped: Container[int] | None = None) -> None:
+        """Put locked weights back to the values they were locked with.
+
+        Args:
+            stepped: ids of parameters; the others are not touched. Default: all are put back.
+        """
+        locked = ((name, self.parameters[name]) for name in self.names)
+        held = {n: p for n, p in locked if stepped is None or id(p) in stepped}
+        fused = self._followed_and_fused(held)
+        for name in fused.put(held) if fused else held:
             parameter = self.parameters[name]
             if parameter.device.type == "cpu":
                 bits.put(parameter, self._positions(name), self._values[name])
@@ -118,11 +166,35 @@ class Locks:
     @torch.no_grad()
     def moved(self) -> dict[str, int]:
         """How many locked weights differ in any bit from their values, by name; 0 left out."""
+        held = {name: self.parameters[name] for name in self.names}
+        fused = self._followed_and_fused(held)
+        counted = fused.compare(held) if fused else {}
         moved = {}
-        for name in self.names:
-            present = self.parameters[name].masked_select(self.mask(name))
-            moved[name] = bits.differing(present, self._values[name])
+        for name, parameter in held.items():
+            if name in counted:
+                moved[name] = counted[name]
+            else:
+                present = parameter.masked_select(self.mask(name))
+                moved[name] = bits.differing(present, self._values[name])
         return {name: number for name, number in moved.items() if number}
+
+    def _followed_and_fused(self, names: Collection[str]) -> Fused | None:
+        """What handles the locked weights of all parameters in one launch, where there is a GPU.
+
+        Masks and values of the named parameters are on their devices then.
+        """
+        for name in names:
+            self._followed(name)
+        kernels = self._kernels() if names else None
+        if kernels and self._fused is None:
+            self._fused = kernels.Fused(self.parameters, self._bits, self._values)
+        return self._fused if kernels else None
+
+    def _kernels(self) -> ModuleType | None:
+        found = (_kernels(p.device) for p in self.parameters.values())
+        return next((kernels for kernels in found if kernels), None)
+
+    # Tables and files ---------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Parameter shapes and dtypes, packed masks, locked values, locks per task; all copied."""
@@ -145,21 +217,32 @@ class Locks:
         changed then.
         """
         maskfile.check_match(state["parameters"], self.parameters)
-        new_bits, new_values = {}, {}
-        for name, p in self.parameters.items():
-            new_bits[name] = state["bits"][name].to(p.device).clone()
-            if state["values"] is None:
-                mask = bits.unpack(new_bits[name], p.shape)
-                new_values[name] = p.detach().masked_select(mask)
-            else:
-                new_values[name] = state["values"][name].to(p.device).clone()
-        self._bits, self._values = new_bits, new_values
+        device = {name: p.device for name, p in self.parameters.items()}
+        new_bits = {name: state["bits"][name].to(device[name]).clone() for name in device}
+        if state["values"] is None:
+            new_values = self._present(new_bits)
+        else:
+            new_values = {name: state["values"][name].to(device[name]).clone() for name in device}
+        self._bits, self._values, self._fused = new_bits, new_values, None
         self._tasks = [{n: TaskLocks(*v) for n, v in task.items()} for task in state["tasks"]]
         self.restore()
 
     def layer_table(self) -> pandas.DataFrame:
         """The table that ``BitStack.layer_table`` documents."""
         return layer_table(self.parameters, self._tasks)
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The module ``kernels``, if its kernels run on the device: on a GPU with Triton."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
+    if device.type != ("cpu" if interpreted else "cuda"):
+        return None
+    try:
+        from bitstack_nb import kernels
+    except ImportError:  # no Triton: Windows, for example
+        return None
+    return kernels if kernels.work_on(device) else None
 
 
 def layer_table(

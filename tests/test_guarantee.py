@@ -120,6 +120,37 @@ class Optimizers(LockedCase):
                 optimizer.step()
         self.assert_held(stack, model, before)
 
+    def test_steps_while_a_backward_pass_still_needs_the_other_weights(self):
+        """Only the weights of the optimizer that stepped are written: autograd checks it."""
+        model = tiny.plain()
+        stack = BitStack(model, 0.3)
+        stack.update(tiny.batches(2, seed=0))
+        before = tiny.snapshot(model)
+        parts = [list(block.parameters()) for block in model.blocks]
+        optimizers = [ADAMW(part) for part in parts]
+        for optimizer in optimizers:
+            stack.attach(optimizer)
+        for batch in tiny.batches(3, seed=1):
+            loss = model(**batch).loss
+            for part, optimizer in zip(parts, optimizers, strict=True):
+                optimizer.zero_grad()
+                loss.backward(inputs=part, retain_graph=True)
+                optimizer.step()
+        self.assert_held(stack, model, before)
+
+    def test_an_optimizer_per_parameter_that_steps_in_backward(self):
+        model, _, stack = self.locked_model()
+        before = tiny.snapshot(model)
+        for name, parameter in model.named_parameters():
+            optimizer = ADAMW([parameter])
+            parameter.register_post_accumulate_grad_hook(lambda _, o=optimizer: o.step())
+            if name in stack.masks:
+                stack.attach(optimizer)
+        for batch in tiny.batches(2, seed=1):
+            model.zero_grad()
+            model(**batch).loss.backward()
+        self.assert_held(stack, model, before)
+
     def test_attached_before_the_first_update_and_between_tasks(self):
         model = tiny.plain()
         optimizer = ADAMW(model.parameters())

@@ -1,0 +1,308 @@
+"""The guarantee on a GPU: one launch for the locked weights of all tensors, in Triton.
+
+A launch costs a GPU step about 15 microseconds whatever its size, and a model has hundreds of
+tensors. So each kernel here works on all of them. One program handles a block of 4,096 weights, and
+two tables on the device describe the work:
+
+- ``rows``, one row per tensor: where the tensor, its packed mask and its values are in memory, the
+  number of its weights (0 leaves the tensor out) and its first block;
+- ``blocks``, one row per block: its tensor, and how many of the tensor's weights are locked before.
+
+Weights are copied as integers of their size. So every bit is kept, a NaN's too, and no GPU needs
+instructions for the dtype. ``Locks`` imports this module only where the kernels can run; the tests
+run them on a CPU, in Triton's interpreter (``TRITON_INTERPRET=1``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import nn
+
+from bitstack_nb import bits
+
+logger = logging.getLogger(__name__)
+
+BLOCK, WARPS = 4096, 8
+_INTEGERS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+# The kernels ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _part(rows, blocks, block: tl.constexpr):
+    """This program's row and weights: their positions in the tensor, and 1 where one is locked."""
+    program = tl.program_id(0)
+    row = rows + 5 * tl.load(blocks + 2 * program)
+    where = (program - tl.load(row + 4)) * block + tl.arange(0, block)
+    packed = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
+    byte = tl.load(packed + where // 8, mask=where < tl.load(row + 3), other=0)
+    return row, where, (byte.to(tl.int32) >> (where % 8).to(tl.int32)) & 1
+
+
+@triton.jit
+def _locked(rows, blocks, kind: tl.constexpr, block: tl.constexpr):
+    """Pointers to this block's weights and to their values, and which of the weights are locked."""
+    row, where, locked = _part(rows, blocks, block)
+    before = tl.load(blocks + 2 * tl.program_id(0) + 1)
+    weights = tl.load(row).to(tl.pointer_type(kind)) + where
+    values = tl.load(row + 2).to(tl.pointer_type(kind)) + before + tl.cumsum(locked) - 1
+    return weights, values, locked != 0
+
+
+@triton.jit
+def count_kernel(rows, blocks, counts, block: tl.constexpr):
+    """Count the locked weights of each block."""
+    _, _, locked = _part(rows, blocks, block)
+    tl.store(counts + tl.program_id(0), tl.sum(locked))
+
+
+@triton.jit
+def zero_kernel(rows, blocks, kind: tl.constexpr, block: tl.constexpr):
+    """Zero the locked weights. Nothing is read, so that NaN and inf go too."""
+    row, where, locked = _part(rows, blocks, block)
+    weights = tl.load(row).to(tl.pointer_type(kind)) + where
+    tl.store(weights, tl.zeros([block], kind), mask=locked != 0)
+
+
+@triton.jit
+def put_kernel(rows, blocks, kind: tl.constexpr, block: tl.constexpr):
+    """Write the values into the locked weights."""
+    weights, values, locked = _locked(rows, blocks, kind, block)
+    tl.store(weights, tl.load(values, mask=locked), mask=locked)
+
+
+@triton.jit
+def take_kernel(rows, blocks, kind: tl.constexpr, block: tl.constexpr):
+    """Copy the locked weights into the values."""
+    weights, values, locked = _locked(rows, blocks, kind, block)
+    tl.store(values, tl.load(weights, mask=locked), mask=locked)
+
+
+@triton.jit
+def compare_kernel(rows, blocks, counts, kind: tl.constexpr, block: tl.constexpr):
+    """Count, per tensor, the locked weights that differ from their values in any bit."""
+    weights, values, locked = _locked(rows, blocks, kind, block)
+    differ = tl.load(weights, mask=locked, other=0) != tl.load(values, mask=locked, other=0)
+    tensor = tl.load(blocks + 2 * tl.program_id(0))
+    tl.atomic_add(counts + tensor, tl.sum(differ.to(tl.int32)))
+
+
+# Their tables -----------------------------------------------------------------------------------
+
+
+class _Group:
+    """The tables for parameters of one device and dtype."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        packed: Mapping[str, torch.Tensor],
+        values: Mapping[str, torch.Tensor],
+    ) -> None:
+        first = next(iter(parameters.values()))
+        self._device, self._dtype = first.device, first.dtype
+        self._packed, self._values = {n: packed[n] for n in parameters}, dict(values)
+        self._sizes = {name: p.numel() for name, p in parameters.items()}
+        each = [triton.cdiv(size, BLOCK) for size in self._sizes.values()]
+        self._starts = [0, *accumulate(each)]
+        self._sent: dict[str, tuple[list[int], torch.Tensor]] = {}
+        number = torch.arange(len(each)).repeat_interleave(torch.tensor(each)).to(first.device)
+        self._blocks = torch.stack([number, torch.zeros_like(number)], 1).int()
+        counts = torch.zeros(len(number), dtype=torch.int32, device=first.device)
+        self._launch(count_kernel, parameters, counts)
+        upto = torch.cat([counts.new_zeros(1), counts]).cumsum(0)
+        starts = torch.tensor(self._starts, device=first.device)
+        self._blocks[:, 1] = upto[:-1] - upto[starts[number]]
+        self._locked = upto[starts].diff()
+
+    def fitting(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of the tensors that a kernel can take for this group's parameters."""
+        return {
+            name: tensor
+            for name in self._sizes
+            if (tensor := tensors.get(name)) is not None
+            and _plain(tensor)
+            and (tensor.device, tensor.dtype) == (self._device, self._dtype)
+        }
+
+    def zero(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._launch(zero_kernel, tensors, kind=_INTEGERS[self._dtype.itemsize])
+
+    def put(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._launch(put_kernel, tensors, kind=_INTEGERS[self._dtype.itemsize])
+
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        self._values = {
+            name: torch.empty(size, dtype=self._dtype, device=self._device)
+            for name, size in zip(self._sizes, self._locked.tolist(), strict=True)
+        }
+        self._launch(take_kernel, tensors, kind=_INTEGERS[self._dtype.itemsize])
+        return self._values
+
+    def compare(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        counts = torch.zeros(len(self._sizes), dtype=torch.int32, device=self._device)
+        self._launch(compare_kernel, tensors, counts, kind=_INTEGERS[self._dtype.itemsize])
+        everywhere = zip(self._sizes, counts.tolist(), strict=True)
+        return {name: count for name, count in everywhere if name in tensors}
+
+    def _launch(
+        self, kernel: Any, tensors: Mapping[str, torch.Tensor], *arguments: Any, **constants: Any
+    ) -> None:
+        there = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        with there:
+            tables = self._rows(kernel.__name__, tensors), self._blocks
+            grid = (len(self._blocks),)
+            kernel[grid](*tables, *arguments, **constants, block=BLOCK, num_warps=WARPS)
+
+    def _rows(self, user: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The rows on the device; sent only if an address changed since the user's last launch."""
+        rows: list[int] = []
+        for (name, size), start in zip(self._sizes.items(), self._starts, strict=False):
+            tensor, values = tensors.get(name), self._values.get(name)
+            rows += [
+                0 if tensor is None else tensor.data_ptr(),
+                self._packed[name].data_ptr(),
+                0 if values is None else values.data_ptr(),
+                0 if tensor is None else size,
+                start,
+            ]
+        sent, table = self._sent.get(user, (None, None))
+        if rows != sent:
+            pinned = torch.tensor(rows, pin_memory=self._device.type == "cuda")
+            table = pinned.to(self._device, non_blocking=True)  # nothing waits for it
+            self._sent[user] = rows, table
+        return table
+
+
+class Fused:
+    """The locked weights of many parameters, by one launch per device and dtype.
+
+    A method leaves to its caller the tensors that no kernel can take: those that are not
+    contiguous or of another device or dtype than the parameter was, and all inside a CUDA graph,
+    which would keep the addresses.
+
+    Args:
+        parameters: by name.
+        packed: their packed masks, each on its parameter's device.
+        values: the values of their locked weights; ``take`` needs none.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        packed: Mapping[str, torch.Tensor],
+        values: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], dict[str, nn.Parameter]] = {}
+        for name, p in parameters.items():
+            if _plain(p) and 0 < p.numel() < 2**31 and work_on(p.device):
+                groups.setdefault((p.device, p.dtype), {})[name] = p
+        self._groups = [_Group(group, packed, values or {}) for group in groups.values()]
+
+    def zero(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Zero the locked weights of gradients; returns the names left to do."""
+        return self._written(_Group.zero, tensors)
+
+    def put(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Write the values into the locked weights; returns the names left to do."""
+        return self._written(_Group.put, tensors)
+
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """New tensors of the locked weights' values, for those that a kernel can take."""
+        parts = [group.take(mine) for group, mine in self._shares(tensors)]
+        return {name: values for part in parts for name, values in part.items()}
+
+    def compare(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """How many locked weights differ from their values, for those that a kernel can take."""
+        parts = [group.compare(mine) for group, mine in self._shares(tensors)]
+        return {name: count for part in parts for name, count in part.items()}
+
+    def _written(self, work: Callable[..., None], tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        left = dict(tensors)
+        for group, mine in self._shares(tensors):
+            work(group, mine)
+            # Autograd must notice, as it notices an operation of torch.
+            torch.autograd.graph.increment_version(mine.values())
+            left = {name: tensor for name, tensor in left.items() if name not in mine}
+        return list(left)
+
+    def _shares(
+        self, tensors: Mapping[str, torch.Tensor]
+    ) -> list[tuple[_Group, dict[str, torch.Tensor]]]:
+        """Each group that has something to do, and what."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return []
+        shares = [(group, group.fitting(tensors)) for group in self._groups]
+        return [(group, mine) for group, mine in shares if mine]
+
+
+# When they can be used --------------------------------------------------------------------------
+
+
+@cache
+def work_on(device: torch.device) -> bool:
+    """Whether the kernels run on a device: tried once, for there may be no C compiler."""
+    try:
+        weights = nn.Parameter(torch.arange(9.0, device=device))
+        packed = {"": bits.pack(weights > 4)}
+        with torch.no_grad():
+            group = _Group({"": weights}, packed, {})
+            return group.take({"": weights})[""].tolist() == [5, 6, 7, 8]
+    except Exception as error:
+        logger.info("no Triton kernels on %s, every tensor has its own launches: %s", device, error)
+        return False
+
+
+def can_wait(parameter: nn.Parameter, gradient: torch.Tensor) -> bool:
+    """Whether a gradient in a hook may stay as it is until the backward pass ends.
+
+    Not if it is part of a graph (``create_graph``), if an optimizer may step at once, if
+    ``torch.autograd.grad`` gives it to its caller, or if no kernel could take it.
+    """
+    return (
+        _plain(parameter)
+        and type(gradient) is torch.Tensor
+        and (gradient.layout, gradient.dtype) == (torch.strided, parameter.dtype)
+        and not torch.is_grad_enabled()
+        and not parameter._post_accumulate_grad_hooks
+        and _accumulates()
+    )
+
+
+def _accumulates() -> bool:
+    """Whether the gradient of the hook that runs now goes on into ``.grad``."""
+    node = torch._C._current_autograd_node()
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # so torch says that this is torch.autograd.grad
+        return False
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass that runs now has ended.
+
+    It is queued from the queue: so it comes after all that DDP has queued by then, which writes
+    the gradients' averages.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue(lambda: queue(function))
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a plain block of numbers in memory, of a size that can be copied."""
+    return (
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and tensor.is_floating_point()
+        and tensor.dtype.itemsize in _INTEGERS
+    )

@@ -35,7 +35,7 @@ OF_RESULTS = (
     locks.ablation,
     locks.capacity,
 )
-OF_A_RUN = (locks.lock_heatmaps, locks.ownership, locks.task_overlap, locks.mask_weight)
+OF_A_RUN = (locks.lock_heatmaps, locks.task_overlap, locks.mask_weight)
 TWENTY = [f"dbpedia_{number}-{number + 1}" for number in range(20)]
 MANY_TASKS = [r for name in ("bitstack", "finetune", "single") for r in runs(name, tasks=TWENTY)]
 __all__ = ["TASKS", "run"]

@@ -18,7 +18,6 @@ __getattr__, __dir__, __all__ = attach(
         "mask_weight": "locks",
         "task_overlap": "locks",
         "own_weights": "locks",
-        "ownership": "locks",
         "mechanism": "picture",
         "summary": "report",
         "write_figures": "report",

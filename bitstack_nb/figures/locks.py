@@ -194,39 +194,6 @@ def _share(table: pd.DataFrame, what: str) -> str:
     return f"{100 * table[what].sum() / table['eligible'].sum():.1f} %"
 
 
-@styled
-def ownership(locks: Result | pd.DataFrame) -> Figure:
-    """The share of each layer, and of each module, that is a task's own weights, in %.
-
-    Args:
-        locks: a result of strategy ``recall``, or the ``layer_table()`` of an ``ExactRecall``.
-
-    "other" is what lies outside the layers. Raises ResultError where there are no own weights.
-    """
-    table, tasks = layer_table(locks)
-    outside = table["layer"].isna()
-    modules = table["module"].where(~outside, OUTSIDE)
-    places = {
-        "layer": table["layer"].map(_layer_name),
-        "module": modules.map(short_names(modules.unique())),
-    }
-    shown = {}
-    for title, place in places.items():
-        sums = table.groupby(["task", place], sort=False)[["selected", "eligible"]].sum()
-        share = (100 * sums["selected"] / sums["eligible"]).unstack()
-        shown[title] = share[place.unique()].rename(index=tasks)
-    top = max(share.to_numpy().max() for share in shown.values())
-    below = 0.08 * max(map(len, places["module"]))
-    figure, axes = panels(2, 2, above=1.2 + below, each=0.25 * len(tasks) + 0.3)
-    for ax, (title, share) in zip(axes, shown.items(), strict=True):
-        heatmap(ax, share, top=top, rows=title == "layer")
-        ax.set_title(f"by {title}")
-    label = "own weights (% of the eligible ones)"
-    colour_bar(figure, axes, label, location="bottom", aspect=60)
-    figure.suptitle(_title("Own weights of each task", locks))
-    return figure
-
-
 def _title(title: str, locks: Result | pd.DataFrame) -> str:
     if not isinstance(locks, Result):
         return title

@@ -132,18 +132,13 @@ def _figures(results: list[Result]) -> Iterator[tuple[str, Callable[[], Figure]]
     ):
         yield draw.__name__, partial(draw, results)
     for name, result in _examples(results).items():
-        own = result.protocol.get("budget") is None
-        for draw in (
-            (locks.ownership,)
-            if own
-            else (locks.lock_heatmaps, locks.task_overlap, locks.mask_weight)
-        ):
+        for draw in (locks.lock_heatmaps, locks.task_overlap, locks.mask_weight):
             yield f"{draw.__name__}_{name}", partial(draw, result)
 
 
 def _examples(results: list[Result]) -> dict[str, Result]:
     """A run per strategy and budget that locks: the sparsity nearest the default, first seed."""
-    locking = [g for g in grouped(frame(results)) if g.settings["sparsity"] and g.results[0].locks]
+    locking = [g for g in grouped(frame(results)) if g.settings["budget"] and g.results[0].locks]
     locking.sort(key=lambda g: abs(g.settings["sparsity"] - Protocol.sparsity))
     found: dict[str, Result] = {}
     for group in locking:

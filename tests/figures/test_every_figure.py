@@ -28,8 +28,7 @@ for draw in (
     locks.capacity,
 ):
     FIGURES[f"{draw.__name__}, 20 tasks"] = (draw, toy.MANY_TASKS)
-for draw in (locks.lock_heatmaps, locks.ownership):
-    FIGURES[f"{draw.__name__}, 20 tasks"] = (draw, toy.MANY_TASKS[0])
+FIGURES["lock_heatmaps, 20 tasks"] = (locks.lock_heatmaps, toy.MANY_TASKS[0])
 every_figure = pytest.mark.parametrize("name", FIGURES)
 
 
@@ -107,7 +106,6 @@ NOTHING = [(draw, [], "no results") for draw in toy.OF_RESULTS] + [
     (locks.ablation, toy.FINETUNE, "no configuration has three sparsities.*bitstack"),
     (locks.capacity, toy.FINETUNE, "no result has locks.*bitstack"),
     (locks.lock_heatmaps, toy.FINETUNE[0], "no locks of strategy 'finetune'.*bitstack"),
-    (locks.ownership, toy.FINETUNE[0], "no locks of strategy 'finetune'.*bitstack"),
     (locks.task_overlap, toy.FINETUNE[0], "'finetune' has no recorded importance"),
     (locks.mask_weight, toy.FINETUNE[0], "'finetune' has no masks"),
 ]

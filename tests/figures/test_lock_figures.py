@@ -18,7 +18,6 @@ from bitstack_nb.figures.locks import (
     mask_bytes,
     mask_weight,
     own_weights,
-    ownership,
     task_overlap,
 )
 from bitstack_nb.results.metrics import mean_interval
@@ -130,16 +129,6 @@ def recall():
         made.begin(f"t{seed}", loader=tiny.batches(2, seed=seed), head_steps=0)
         made.close()
     return made
-
-
-def test_ownership_is_the_share_of_own_weights(recall):
-    table = recall.layer_table()
-    *panels, _ = ownership(table).axes
-    for ax, column in zip(panels, ("layer", "module"), strict=True):
-        sums = table.groupby(["task", column], sort=False)[["selected", "eligible"]].sum()
-        expected = (100 * sums["selected"] / sums["eligible"]).to_numpy()
-        assert toy.shares(ax).ravel() == pytest.approx(expected)
-    assert len(toy.row_names(panels[0].figure)) == 4
 
 
 def test_own_weights_are_the_masks_of_the_tasks(recall):

@@ -73,7 +73,7 @@ def test_the_command_writes_every_figure_and_says_so(recorded, tmp_path, capsys)
     assert "| fine-tuning " in tables and "finetune" not in tables
 
 
-def test_exact_recall_has_a_figure_of_its_own_and_many_tasks_a_row_each(tmp_path):
+def test_many_tasks_have_a_row_each(tmp_path):
     tasks = [f"task{number}" for number in range(9)]
     for name in ("recall", "single"):
         for result in runs(name, sparsity=0.05 if name == "recall" else None, tasks=tasks):
@@ -82,7 +82,6 @@ def test_exact_recall_has_a_figure_of_its_own_and_many_tasks_a_row_each(tmp_path
             made = replace(result, locks=locks if name == "recall" else [])
             made.save(tmp_path / "in" / f"{name}-{made.protocol['seed']}.json")
     assert main(["figures", str(tmp_path / "in"), "--output", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "ownership_recall.png").exists()
     lines = (tmp_path / "out" / "tables.md").read_text().splitlines()
     at = lines.index("## Difference to separate models, task by task, the same seeds paired")
     assert "exact recall" in lines[at + 2] and lines[at + 5].startswith("| task0")

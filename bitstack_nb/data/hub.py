@@ -6,6 +6,7 @@ and caches are left to huggingface_hub and datasets.
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,10 @@ def _explain(error: Exception, kind: str, name: str, instead: str) -> str:
     if answer is not None:
         status = answer.response.status_code
         return f"{name}: the Hub answered HTTP {status}: try again later, or {instead}"
+    # datasets says so in three lines, the names in the second.
+    names = re.search(r"(?:available configs|Available): \[([^\]]+)\]", str(error))
+    if names:
+        return f"{name} has several configurations: choose with Task(config=...) one of {names[1]}"
     if any(isinstance(cause, _NO_NETWORK) for cause in causes):
         return f"{name}: no connection to the Hub and no copy in the cache: connect, or {instead}"
     return f"{name}: cannot be read from the Hub ({first_line(error)}): {instead}"

@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import datasets
 import numpy as np
 
+from bitstack_nb.data.columns import TaskColumns, check_columns
 from bitstack_nb.data.errors import DataError
 from bitstack_nb.data.sources import Source
 from bitstack_nb.data.tasks import Task, is_integer
@@ -35,26 +37,28 @@ def sample_split(
     Raises:
         DataError: the rows do not fit the task, or are too few.
     """
+    columns = TaskColumns(task, split, partial(source.place, split))
     stream = source.stream(split) if is_integer(size) and size <= _STREAM_ROWS else None
     if stream is None:
         table = source.table(split)
-        order = _visiting_order(task, table, seed, sampling)
-        rows = _take_rows(task, table, order, size=size, sampling=sampling, split=split)
-        return _texts_and_labels(task, table.select(rows)), rows
-    visits = _visit_stream(task, stream)
+        order = _visiting_order(columns, table, seed, sampling)
+        rows = _take_rows(columns, table, order, size=size, sampling=sampling)
+        return _texts_and_labels(columns, zip(rows, table.select(rows), strict=True)), rows
+    visits = _visit_stream(columns, stream)
     if sampling == "stratified":
         visits = _shuffle(visits, seed, _STREAM_ROWS)
     chosen = take(visits, size, num_labels=task.num_labels, sampling=sampling)
     _check_enough(task, size, len(chosen), split)
-    return _texts_and_labels(task, [row for _, row in chosen]), [number for number, _ in chosen]
+    return _texts_and_labels(columns, chosen), [number for number, _ in chosen]
 
 
 def sample_held_out(
     task: Task, source: Source, *, taken: list[int], size: int | float, seed: int, sampling: str
 ) -> datasets.Dataset:
     """A sample of the training split without the row numbers in `taken`."""
+    columns = TaskColumns(task, "train", partial(source.place, "train"))
     table = source.table("train")
-    order = _visiting_order(task, table, seed, sampling)
+    order = _visiting_order(columns, table, seed, sampling)
     rest = order[~np.isin(order, taken)]
     wanted = _rows_wanted(size, len(order))
     if wanted > len(rest):
@@ -65,8 +69,8 @@ def sample_held_out(
     if sampling == "stratified":
         # The training rows are the first of this order: from its end, their number is irrelevant.
         rest = rest[::-1]
-    rows = _take_rows(task, table, rest, size=wanted, sampling=sampling, split="train")
-    return _texts_and_labels(task, table.select(rows))
+    rows = _take_rows(columns, table, rest, size=wanted, sampling=sampling)
+    return _texts_and_labels(columns, zip(rows, table.select(rows), strict=True))
 
 
 def take(
@@ -116,29 +120,31 @@ def _fill_up(shares: list[int], counts: list[int]) -> list[int]:
     return quotas
 
 
-def _visiting_order(task: Task, table: datasets.Dataset, seed: int, sampling: str) -> np.ndarray:
+def _visiting_order(
+    columns: TaskColumns, table: datasets.Dataset, seed: int, sampling: str
+) -> np.ndarray:
     """The numbers of a task's rows: in the table's order for "head", else in random order."""
-    _check_columns(task, table.column_names)
-    own = np.array([_label(task, value) is not None for value in table[task.label][:]], dtype=bool)
+    _check_columns(columns.task, table.column_names)
+    labels = table[columns.task.label][:]
+    own = np.array([columns.label(value) is not None for value in labels], dtype=bool)
     rows = len(table)
     order = np.arange(rows) if sampling == "head" else np.random.default_rng(seed).permutation(rows)
     return order[own[order]]
 
 
 def _take_rows(
-    task: Task,
+    columns: TaskColumns,
     table: datasets.Dataset,
     order: np.ndarray,
     *,
     size: int | float,
     sampling: str,
-    split: str,
 ) -> list[int]:
     """The row numbers of a sample, chosen among those in `order`."""
-    wanted = _rows_wanted(size, len(order))
-    _check_enough(task, wanted, len(order), split)
+    task, wanted = columns.task, _rows_wanted(size, len(order))
+    _check_enough(task, wanted, len(order), columns.split)
     labels = table[task.label][:]
-    visits = ((_label(task, labels[row]), row) for row in order.tolist())
+    visits = ((columns.label(labels[row]), row) for row in order.tolist())
     return take(visits, wanted, num_labels=task.num_labels, sampling=sampling)
 
 
@@ -148,13 +154,13 @@ def _rows_wanted(size: int | float, total: int) -> int:
 
 
 def _visit_stream(
-    task: Task, stream: Iterable[dict[str, Any]]
+    columns: TaskColumns, stream: Iterable[dict[str, Any]]
 ) -> Iterator[tuple[int, tuple[int, dict[str, Any]]]]:
     """Label and (row number, row) of the task's rows, as they come."""
     for number, row in enumerate(stream):
         if number == 0:
-            _check_columns(task, list(row))
-        if (label := _label(task, row[task.label])) is not None:
+            _check_columns(columns.task, list(row))
+        if (label := columns.label(row[columns.task.label])) is not None:
             yield label, (number, row)
 
 
@@ -176,12 +182,14 @@ def _shuffle(visits: Iterable[_T], seed: int, buffer_size: int) -> Iterator[_T]:
     yield from buffer
 
 
-def _texts_and_labels(task: Task, rows: Iterable[dict[str, Any]]) -> datasets.Dataset:
-    """Rows of the source as a dataset of `text` and `label`, in memory."""
-    texts, labels = [], []
-    for row in rows:
-        texts.append(" ".join(str(row[column]) for column in task.text if row[column]))
-        labels.append(_label(task, row[task.label]))
+def _texts_and_labels(
+    columns: TaskColumns, rows: Iterable[tuple[int, Mapping[str, Any]]]
+) -> datasets.Dataset:
+    """Numbered rows of the source as a dataset of `text` and `label`, in memory."""
+    task, texts, labels = columns.task, [], []
+    for number, row in rows:
+        texts.append(columns.text(number, row))
+        labels.append(columns.label(row[task.label]))
     blank = sum(not text.strip() for text in texts)
     if blank:
         found = f"{task.dataset}: {blank} of {len(texts)} sampled rows hold no text in {task.text}"
@@ -189,27 +197,12 @@ def _texts_and_labels(task: Task, rows: Iterable[dict[str, Any]]) -> datasets.Da
             raise DataError(f"{found}: name other columns")
         logger.warning("%s", found)
     features = {"text": datasets.Value("string"), "label": datasets.Value("int64")}
-    columns = {"text": texts, "label": labels}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    sample = {"text": texts, "label": labels}
+    return datasets.Dataset.from_dict(sample, features=datasets.Features(features))
 
 
-def _label(task: Task, value: Any) -> int | None:
-    """The task's label for a label of the dataset; None if the task leaves it out."""
-    known = task.num_labels if task.relabel is None else len(task.relabel)
-    if not is_integer(value) or not 0 <= value < known:
-        raise DataError(
-            f"{task.dataset}: label {value!r} in column {task.label!r}, but task {task.name} "
-            f"expects 0 to {known - 1}: correct label, num_labels or relabel"
-        )
-    return int(value) if task.relabel is None else task.relabel[value]
-
-
-def _check_columns(task: Task, columns: list[str]) -> None:
-    absent = [column for column in (*task.text, task.label) if column not in columns]
-    if absent:
-        raise DataError(
-            f"{task.dataset} has no column {absent[0]!r}: use its columns, {', '.join(columns)}"
-        )
+def _check_columns(task: Task, there: list[str]) -> None:
+    check_columns(task.dataset, (*task.text, task.label), there)
 
 
 def _check_enough(task: Task, wanted: int, there: int, split: str) -> None:

@@ -15,11 +15,12 @@ import datasets
 from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import HfApi
 
+from bitstack_nb.data.columns import HELD_OUT
 from bitstack_nb.data.embedded import EMBEDDED_VERSION, embedded_split
 from bitstack_nb.data.errors import DataError
 from bitstack_nb.data.hub import TIMEOUT, first_line, hub_errors
+from bitstack_nb.data.parquet import Shard, check_classes, joined, read_shard, split_files
 from bitstack_nb.data.tasks import FIVE_TASKS, Task
-from bitstack_nb.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,10 @@ class Source:
     def stream(self, split: str) -> Iterator[dict[str, Any]] | None:
         """The rows of a split one by one; None if the table is as cheap."""
         return None
+
+    def place(self, split: str, number: int) -> str:
+        """The place of a row, for messages."""
+        return f"row {number} of {split}"
 
     def provenance(self) -> dict[str, Any]:
         """JSON-able: the source, the dataset, and the version of the splits read so far."""
@@ -54,7 +59,7 @@ def open_source(data: str, task: Task) -> Source:
         return _Hub(task.dataset, task.config)
     if data == "embedded":
         return _Embedded(task.dataset)
-    return _Folder(Path(data).expanduser(), task.dataset)
+    return _Folder(Path(data).expanduser(), task)
 
 
 class _Embedded(Source):
@@ -82,11 +87,17 @@ class _Embedded(Source):
 
 
 class _Folder(Source):
-    """FOLDER/<last part of the dataset's id>/**/train*.parquet and test*.parquet."""
+    """FOLDER/<last part of the dataset's id>/**/train*.parquet and test*.parquet.
 
-    def __init__(self, root: Path, dataset: str) -> None:
-        self._dataset, self._folder = dataset, root / dataset.rpartition("/")[2]
-        self._sha256: dict[str, str] = {}
+    Labels are checked between the splits that are read.
+    """
+
+    def __init__(self, root: Path, task: Task) -> None:
+        self._dataset = dataset = task.dataset
+        self._folder = root / dataset.rpartition("/")[2]
+        self._label, self._columns = task.label, list(dict.fromkeys((*task.text, task.label)))
+        self._shards: dict[str, list[Shard]] = {}
+        self._tables: dict[str, datasets.Dataset] = {}
         if not root.is_dir():
             raise DataError(f"no folder {str(root)!r}: give --data hub, embedded or a folder")
         if not self._folder.is_dir():
@@ -97,26 +108,32 @@ class _Folder(Source):
             )
 
     def table(self, split: str) -> datasets.Dataset:
-        files = sorted(self._folder.rglob(f"{split}*.parquet"))
+        if split not in self._tables:
+            self._shards[split] = shards = self._read(split)
+            for other in self._shards.values():
+                check_classes(self._label, other[0], shards[0])
+            self._tables[split] = joined(shards)
+        return self._tables[split]
+
+    def _read(self, split: str) -> list[Shard]:
+        files = split_files(self._folder, split)
         if not files:
-            raise DataError(f"no {split}*.parquet in {self._folder}: put {split}.parquet there")
-        if len({file.parent for file in files}) > 1:
             raise DataError(
-                f"several folders under {self._folder} hold {split}*.parquet: keep the files of "
-                "one configuration"
+                f"no {split}*.parquet in {self._folder}: put {split}.parquet there{_or_held(split)}"
             )
-        try:
-            self._sha256 |= {file.name: sha256(file) for file in files}
-            return datasets.load_dataset(
-                "parquet", data_files={split: [str(file) for file in files]}, split=split
-            )
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(
-                f"cannot read {files[0]} ({first_line(error)}): replace it by a whole Parquet file"
-            ) from error
+        return [read_shard(file, self._columns) for file in files]
+
+    def place(self, split: str, number: int) -> str:
+        for shard in self._shards[split]:
+            if number < len(shard.table):
+                break
+            number -= len(shard.table)
+        return f"{shard.file}, row {number}"
 
     def provenance(self) -> dict[str, Any]:
-        return {"source": "folder", "dataset": self._dataset, "sha256": dict(self._sha256)}
+        read = [shard for shards in self._shards.values() for shard in shards]
+        sha256 = {shard.file.name: shard.sha256 for shard in read}
+        return {"source": "folder", "dataset": self._dataset, "sha256": sha256}
 
 
 class _Hub(Source):
@@ -140,11 +157,13 @@ class _Hub(Source):
                 logger.warning("%s: read from the cache, the Hub failed (%s)", dataset, said)
 
     def table(self, split: str) -> datasets.Dataset:
+        self._check_split(split)
         with self._errors():
             self._builder.download_and_prepare()
             return self._builder.as_dataset(split)
 
     def stream(self, split: str) -> Iterator[dict[str, Any]]:
+        self._check_split(split)
         with self._errors():
             if isinstance(self._builder, Cache):  # which cannot stream
                 yield from self._builder.as_dataset(split)
@@ -159,10 +178,23 @@ class _Hub(Source):
             "revision": self._builder.hash,  # the commit, also of a cached copy
         }
 
+    def _check_split(self, split: str) -> None:
+        there = self._builder.info.splits or self._builder.config.data_files or [split]
+        if split not in there:
+            raise DataError(
+                f"{self._dataset} has no {split} split, only {', '.join(map(str, there))}"
+                f"{_or_held(split)}"
+            )
+
     def _errors(self) -> Any:
         folder = self._dataset.rpartition("/")[2]
         instead = f"use --data embedded, or --data FOLDER with FOLDER/{folder}/train.parquet"
         return hub_errors("dataset", self._dataset, raises=DataError, instead=instead)
+
+
+def _or_held(split: str) -> str:
+    """The way out where there is no test split."""
+    return f", or {HELD_OUT}" if split == "test" else ""
 
 
 def _find_cached(dataset: str, config: str | None) -> Cache | None:

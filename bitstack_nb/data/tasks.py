@@ -31,7 +31,7 @@ class Task:
         name: a short name for tables and files: letters, digits, "_" and "-".
         dataset: Hub id ("stanfordnlp/imdb"); its last part names the folder under a data folder.
         text: the columns that make up the text, joined by a space; empty ones are skipped.
-        label: the column of integer labels, 0 and up.
+        label: the column of labels: integers from 0 on, or what plainly stands for them.
         num_labels: the number of classes, after `relabel`.
         relabel: the task's label for each label of the dataset: (0, 0, 1, 1) merges four into two.
             None in place of a label leaves its rows out.

@@ -64,6 +64,9 @@ def client() -> None:
     for owner in ("gated", "expired", "busy", "nobody"):
         model(f"model of {owner}", f"{owner}/it")
         dataset(f"dataset of {owner}", f"{owner}/it")
+    dataset("configurations", "someone/several")
+    dataset("no test", "someone/untested")
+    dataset("no test, whole", "someone/untested", **FETCHED)
     urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/stop").read()
     model("cached model", "someone/model")
     dataset("cached fetched", "someone/toy", **FETCHED)
@@ -87,6 +90,11 @@ def answers(root: Path, folders: dict[str, Path]) -> dict[str, dict]:
     for unused in ("pytorch_model.bin", "onnx/other.json"):
         (model / unused).write_bytes(b"never read")
     write_toy(root / "datasets" / "someone")
+    untested = shutil.copytree(root / "datasets/someone/toy", root / "datasets/someone/untested")
+    (untested / "test.parquet").rename(untested / "validation.parquet")
+    several = shutil.copytree(root / "datasets/someone/toy", root / "datasets/someone/several")
+    configs = [{"config_name": n, "data_files": "*.parquet"} for n in ("de", "en")]
+    (several / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     environment |= {"HF_ENDPOINT": serve(root), "HF_HOME": str(root / "home"), "PYTHONPATH": path}
@@ -146,6 +154,16 @@ def test_a_refusal_is_one_line_with_a_way_out(answers, kind, owner, said):
     answer = answers[f"{kind} of {owner}"]
     assert answer["kind"] == {"model": "BackboneError", "dataset": "DataError"}[kind]
     assert re.fullmatch(said.format(kind=kind) + ".*", answer["error"])
+
+
+def test_several_configurations_are_named(answers):
+    said = r"someone/several has several configurations: choose with Task\(config.* 'de', 'en'"
+    assert re.fullmatch(said, answers["configurations"]["error"])
+
+
+def test_without_a_test_split_the_way_out_is_held_out(answers):
+    for key in ("no test", "no test, whole"):
+        assert "has no test split, only train, validation, or eval" in answers[key]["error"]
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])

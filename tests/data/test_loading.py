@@ -20,12 +20,6 @@ from bitstack_nb.data.sampling import take
 FIELDS = {"name": "toy", "dataset": "toy", "text": ("title",), "label": "kind", "num_labels": 3}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Leaves nothing in the user's dataset cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def folder(tmp_path) -> str:
     write_toy(tmp_path / "data")
@@ -194,7 +188,7 @@ def test_a_request_that_cannot_be_met_says_why_in_one_line(folder, change, named
     ("change", "named"),
     [
         ({"text": ("headline",)}, "no column 'headline'.*title, body, kind"),
-        ({"label": "title"}, "label 'train title 0'.*0 to 2"),
+        ({"label": "title"}, "labels in column 'title' are text, such as 'train title 0'.*0 to 2"),
         ({"num_labels": 2}, "label 2 .*0 to 1"),
         ({"num_labels": 2, "relabel": (0, 1)}, "label 2 .*0 to 1"),
         ({"dataset": "someone/else"}, "no folder 'else'.*toy"),

@@ -75,9 +75,6 @@ class ExactRecallCallback(TrainerCallback):
                 "the Trainer's optimizer does not hold the task's own weights: make a Trainer of "
                 "tasks' model after begin()"
             )
-        if args.gradient_checkpointing:
-            # Reentrant checkpointing needs an input with a gradient, and the embeddings have none.
-            kwargs["model"].enable_input_require_grads()
 
     def on_train_end(
         self,
@@ -88,5 +85,3 @@ class ExactRecallCallback(TrainerCallback):
     ) -> None:
         """Let the model's own weights take no gradient, so that the next Trainer may be made."""
         self._tasks.pause()
-        if args.gradient_checkpointing:
-            kwargs["model"].disable_input_require_grads()

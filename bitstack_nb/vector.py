@@ -155,14 +155,23 @@ class Vector:
             self._gathering.append(piece.parameter.register_post_accumulate_grad_hook(hook))
             starts[group] = stop
         self._ranks = ranks.count()
+        if self._checkpointing():
+            # Reentrant checkpointing needs an input with a gradient, and the embeddings have none.
+            self._model.enable_input_require_grads()
 
     def stop(self) -> None:
         """The model's weights take no gradient any more."""
+        if self._gathering and self._checkpointing():
+            self._model.disable_input_require_grads()
         for handle in self._gathering:
             handle.remove()
         self._gathering = []
         for parameter in self._layout.parameters.values():
             parameter.requires_grad_(False)
+
+    def _checkpointing(self) -> bool:
+        """Whether this is a transformers model with gradient checkpointing."""
+        return getattr(self._model, "is_gradient_checkpointing", False)
 
     def _hook(self, group: int, part: slice, where: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:

@@ -266,7 +266,8 @@ class Gradients(RecallCase):
         for name, (build, train) in {
             "accumulated": (tiny.plain, accumulate),
             "compiled": (partial(tiny.plain, depth=1), compiled),
-            "checkpointed": (_checkpointed, tiny.train),
+            "checkpointed": (partial(_checkpointed, use_reentrant=False), tiny.train),
+            "reentrant": (partial(_checkpointed, use_reentrant=True), tiny.train),
         }.items():
             with self.subTest(name):
                 model, recall, optimizer = self.begun(build())
@@ -299,9 +300,9 @@ class Gradients(RecallCase):
         self.assertEqual([g["lr"] for g in recall.parameters(lr=0.1)], [0.1, 0.1])
 
 
-def _checkpointed():
+def _checkpointed(**settings):
     model = tiny.gpt2()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable(settings)
     return model
 
 

@@ -6,11 +6,13 @@ them. The result is the median over rounds of their ratio.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,6 +162,24 @@ def update(model: nn.Module, *, n_batches: int = 4, rounds: int = 7, plainly: bo
     works = {"base": Work(passes), "ours": Work(ours)}
     if plainly:
         works["plain"] = Work(plain)
+    return take_turns(works, rounds=rounds, device=model.device)
+
+
+def recall_step(model: nn.Module, *, sparsity: float = 0.05, rounds: int = 21) -> Times:
+    """A step of AdamW in a task of exact recall (``ours``), and of plain training (``base``)."""
+    twin = copy.deepcopy(model).train()
+    tasks = ExactRecall(model.train(), sparsity)
+    tasks.begin("task")
+    batch = random_batch(model, seed=100)
+
+    def step(trained: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        trained(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    plain = torch.optim.AdamW(twin.parameters(), lr=1e-5)
+    own = torch.optim.AdamW(tasks.parameters(lr=1e-5))
+    works = {"base": Work(partial(step, twin, plain)), "ours": Work(partial(step, model, own))}
     return take_turns(works, rounds=rounds, device=model.device)
 
 

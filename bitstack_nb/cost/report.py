@@ -35,6 +35,7 @@ LIMITS = {
     "mask in memory": ("bits per eligible weight", 1.02),
     "mask on disk": ("bits per eligible weight", 1.02),
     "training, memory": ("1 bit per eligible weight + 4 bytes per locked one + 32 MiB", 1.0),
+    "recall step": ("a step of plain training", 1.0),
     "recall switch": ("a forward pass", 0.5),
     "import": ("import torch", 1.2),
 }
@@ -112,6 +113,7 @@ def _costs(
     # Three times the rounds, because steps vary by as much as a lock costs.
     yield "training step", _timed(measure.training_step(fresh(), tasks=tasks, rounds=3 * rounds))
     yield "update", _timed(measure.update(fresh(), rounds=rounds))
+    yield "recall step", _timed(measure.recall_step(fresh(), rounds=rounds))
     yield "recall switch", _timed(measure.recall_switch(fresh(), tasks=tasks, rounds=rounds))
     yield "threshold", _timed(measure.threshold(eligible, rounds=rounds, device=device))
     yield "import", _timed(processes.importing(rounds=rounds))

@@ -13,7 +13,6 @@ __getattr__, __dir__, __all__ = attach(
         "run": "runner",
         "estimate": "estimates",
         "sweep": "sweeps",
-        "Heads": "heads",
         "find_device": "training",
         "LockCurves": "curves",
     },

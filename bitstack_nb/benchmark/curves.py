@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 SPARSITIES = tuple(percent / 100 for percent in range(51))
 _NEVER = 255  # at no level
-_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -112,27 +111,26 @@ class LockCurves:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> LockCurves:
-        """The counterpart of :meth:`to_record`; a ValueError if the record is empty or damaged."""
+        """The counterpart of :meth:`to_record`; a ValueError if the record is empty."""
         if not record:
             raise ValueError("this result has no recorded importance: give a run of bitstack")
-        try:
-            rows = record["cells"]
-            tasks = max(row["task"] for row in rows)
-            cells = [(row["layer"], row["module"], row["eligible"]) for row in rows]
-            shape = (tasks, len(rows) // tasks, len(record["sparsities"]))
-            curves = {
-                name: np.reshape([_from_steps(row[name]) for row in rows], shape)
-                for name in ("selected", "union", "fresh")
-            }
-            shared = np.zeros((tasks, tasks, shape[-1]))
-            total = sum(cell[2] for cell in cells[: shape[1]])
-            for pair in record["shared"]:
-                first, second = (number - 1 for number in pair["tasks"])
-                shared[first, second] = shared[second, first] = np.array(pair["entries"]) / total
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise ValueError(f"recorded importance is damaged ({error!r}): run it again") from error
-        own = tuple(cells[: shape[1]])
-        return cls(tuple(record["sparsities"]), own, curves.pop("selected"), curves, shared)
+        sparsities, rows = tuple(record["sparsities"]), record["cells"]
+        tasks = rows[-1]["task"]
+        cells = tuple(
+            (row["layer"], row["module"], row["eligible"]) for row in rows if row["task"] == 1
+        )
+        curves = {
+            name: np.reshape(
+                [_from_steps(row[name]) for row in rows], (tasks, len(cells), len(sparsities))
+            )
+            for name in ("selected", "union", "fresh")
+        }
+        shared = np.zeros((tasks, tasks, len(sparsities)))
+        total = sum(cell[2] for cell in cells)
+        for pair in record["shared"]:
+            first, second = (number - 1 for number in pair["tasks"])
+            shared[first, second] = shared[second, first] = np.array(pair["entries"]) / total
+        return cls(sparsities, cells, curves.pop("selected"), curves, shared)
 
 
 class CurveRecorder:
@@ -158,57 +156,49 @@ class CurveRecorder:
         """Take in a task's importance: float32 by parameter name, measured with masks lifted."""
         flat = torch.cat([scores[name].flatten() for name in self._sizes])
         order = flat.argsort(descending=True)
-        taken = (self._fresh or [self._before])[-1]
-        self._chosen.append(_first_levels(flat, order, None).cpu())
-        fresh = _first_levels(flat, order, taken.to(flat.device)).cpu()
-        self._fresh.append(torch.minimum(fresh, taken))
+        nothing = torch.full_like(self._before, _NEVER)
+        self._chosen.append(_first_levels(flat, order, nothing))
+        taken = self._fresh[-1] if self._fresh else self._before
+        self._fresh.append(torch.minimum(_first_levels(flat, order, taken), taken))
 
     def curves(self) -> LockCurves:
         """The curves of the tasks so far."""
-        cells: dict[tuple[int | None, str], int] = {}
+        sizes: dict[tuple[int | None, str], int] = {}
         for name, size in self._sizes.items():
-            cells[place(name)] = cells.get(place(name), 0) + size
-        sizes = np.array(list(cells.values()))[:, None]
-
-        def fractions(levels: list[torch.Tensor]) -> np.ndarray:
-            counts = [self._count(own, list(cells)) / sizes for own in levels]
-            return np.array(counts).reshape(len(levels), len(cells), len(SPARSITIES))
-
+            sizes[place(name)] = sizes.get(place(name), 0) + size
         united, union = self._before, []
         for chosen in self._chosen:
             united = torch.minimum(united, chosen)
             union.append(united)
         return LockCurves(
             SPARSITIES,
-            tuple((*cell, size) for cell, size in cells.items()),
-            fractions(self._chosen),
-            {"union": fractions(union), "fresh": fractions(self._fresh)},
+            tuple((*cell, size) for cell, size in sizes.items()),
+            self._shares(self._chosen, sizes),
+            {"union": self._shares(union, sizes), "fresh": self._shares(self._fresh, sizes)},
             self._shared(),
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Tensors that :meth:`load_state_dict` takes, not copied."""
-        levels = {"chosen": self._chosen, "fresh": self._fresh}
-        return {"before": self._before} | {
-            f"{name}.{task}": tensor
-            for name, tensors in levels.items()
-            for task, tensor in enumerate(tensors)
-        }
+        """Tensors that :meth:`load_state_dict` takes, after at least one task."""
+        tasks = {"chosen": torch.stack(self._chosen), "fresh": torch.stack(self._fresh)}
+        return {"before": self._before, **tasks}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on where the state was taken."""
-        tasks = range((len(state) - 1) // 2)
         self._before = state["before"]
-        self._chosen = [state[f"chosen.{task}"] for task in tasks]
-        self._fresh = [state[f"fresh.{task}"] for task in tasks]
+        self._chosen, self._fresh = list(state["chosen"]), list(state["fresh"])
 
-    def _count(self, levels: torch.Tensor, cells: list[tuple[int | None, str]]) -> np.ndarray:
-        """Weights at or below each level by cell: int64 [C, L]."""
-        counts = np.zeros((len(cells), len(SPARSITIES)), dtype=np.int64)
-        parts = levels.split(list(self._sizes.values()))
-        for name, part in zip(self._sizes, parts, strict=True):
-            counts[cells.index(place(name))] += _cumulative(part)
-        return counts
+    def _shares(
+        self, tasks: list[torch.Tensor], sizes: Mapping[tuple[int | None, str], int]
+    ) -> np.ndarray:
+        """Shares of each cell's weights at or below each level: float64 [T, C, L]."""
+        cells = list(sizes)
+        counts = np.zeros((len(tasks), len(cells), len(SPARSITIES)))
+        for task, levels in enumerate(tasks):
+            parts = levels.split(list(self._sizes.values()))
+            for name, part in zip(self._sizes, parts, strict=True):
+                counts[task, cells.index(place(name))] += _cumulative(part)
+        return counts / np.array(list(sizes.values()))[:, None]
 
     def _shared(self) -> np.ndarray:
         tasks = len(self._chosen)
@@ -220,9 +210,7 @@ class CurveRecorder:
         return shared
 
 
-def _first_levels(
-    scores: torch.Tensor, order: torch.Tensor, taken: torch.Tensor | None
-) -> torch.Tensor:
+def _first_levels(scores: torch.Tensor, order: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
     """The first level at which each weight is among the top of those that are free at that level.
 
     Thresholds fall from level to level, because with more sparsity more weights are chosen of
@@ -231,38 +219,25 @@ def _first_levels(
     Args:
         scores: float32 [n], non-negative; zero is never chosen.
         order: int64 [n], the weights by falling score.
-        taken: uint8 [n], the first level at which a weight is no longer free; None if all are.
+        taken: uint8 [n] on the CPU, the first level at which a weight is no longer free.
 
     Returns:
-        uint8 [n], ``_NEVER`` where no level chooses the weight; to be read as its minimum with
-        ``taken``.
+        uint8 [n] on the CPU, ``_NEVER`` where no level chooses the weight; to be read as its
+        minimum with ``taken``.
     """
-    ordered = None if taken is None else taken[order]
+    falling, taken = scores[order], taken.to(scores.device)[order]
     thresholds = []
     for level, sparsity in enumerate(SPARSITIES):
         k = round(sparsity * len(scores))
-        position = k - 1 if ordered is None else _position(ordered > level, k)
+        free = falling[taken > level]
         if k == 0:
             thresholds.append(float("inf"))
         else:  # where fewer than k are free, all of them
-            thresholds.append(0.0 if position is None else float(scores[order[position]]))
+            thresholds.append(float(free[k - 1]) if k <= len(free) else 0.0)
     ascending = scores.new_tensor(thresholds[::-1])
     above = len(thresholds) - torch.bucketize(scores, ascending, right=True)
     never = (above == len(thresholds)) | (scores == 0)
-    return above.masked_fill_(never, _NEVER).to(torch.uint8)
-
-
-def _position(flags: torch.Tensor, k: int) -> int | None:
-    """The index of the k-th True of a bool [n], counting k from 1; None if there are fewer."""
-    blocks = flags.split(_BLOCK)
-    whole = flags[: len(flags) // _BLOCK * _BLOCK].view(torch.uint8).view(-1, _BLOCK)
-    whole = whole.sum(1, dtype=torch.int32)  # four times as fast as summing bool
-    before = torch.cat([whole.new_zeros(1), whole.cumsum(0)])
-    block = int((before < k).sum()) - 1
-    if not 0 <= block < len(blocks):
-        return None
-    inside = blocks[block].cumsum(0) == k - before[block]
-    return block * _BLOCK + int(inside.int().argmax()) if inside.any() else None
+    return above.masked_fill_(never, _NEVER).to(torch.uint8).cpu()
 
 
 def _cumulative(levels: torch.Tensor) -> np.ndarray:

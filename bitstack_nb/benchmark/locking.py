@@ -31,7 +31,6 @@ class Locking(Strategy):
 
     @classmethod
     def check(cls, protocol: Protocol) -> None:
-        """Raise a ValueError for settings that a stack refuses."""
         importance = protocol.importance or "gradient"
         check_settings(protocol.sparsity, budget=protocol.budget, importance=importance)
 
@@ -44,19 +43,15 @@ class Locking(Strategy):
         )
 
     def callbacks(self) -> list[TrainerCallback]:
-        """The stack's: keeps locked weights exact, and verifies them at the end."""
         return [self._stack.callback()]
 
     def stats(self) -> dict[str, float] | None:
-        """The stack's statistics."""
         return self._stack.stats()
 
     def masks(self) -> Mapping[str, torch.Tensor]:
-        """The stack's masks."""
         return self._stack.masks
 
     def layer_records(self) -> list[dict[str, Any]]:
-        """The stack's layer table."""
         return records(self._stack.layer_table())
 
     def storage(self, data: Sequence[Dataset]) -> int:
@@ -64,11 +59,9 @@ class Locking(Strategy):
         return n_bytes(self._stack.state_dict()["bits"].values())
 
     def save(self, folder: Path) -> None:
-        """Write masks and locked values."""
         self._stack.save(folder / "masks.safetensors")
 
     def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote, and hook the model."""
         self._stack = BitStack.load(folder / "masks.safetensors", self.model)
 
 
@@ -100,12 +93,10 @@ class Control(Locking):
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
-        """Write both stacks; the second without values, which it does not hold."""
         super().save(folder)
-        self._count.save(folder / "count.safetensors", values=False)
+        self._count.save(folder / "count.safetensors", values=False)  # it guards none
 
     def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote, and hook the model."""
         super().load(folder)
         self._count = BitStack.load(folder / "count.safetensors", self.model)
         self._count.detach()

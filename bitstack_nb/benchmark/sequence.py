@@ -22,13 +22,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from bitstack_nb.benchmark import drift, stages
-from bitstack_nb.benchmark.heads import Heads
 from bitstack_nb.benchmark.inputs import evaluation_batches, load_inputs, training_batches
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.benchmark.training import MultiHead, ProgressBar, accuracy, mixed, train
 from bitstack_nb.fitting import fit_head
-from bitstack_nb.maskfile import MaskFileError
+from bitstack_nb.head import labelled, part_names, place, present
 from bitstack_nb.results import metrics
 from bitstack_nb.results.provenance import peak_memory, provenance
 from bitstack_nb.results.result import Result
@@ -48,9 +47,16 @@ class TaskSequence:
         inputs = load_inputs(protocol, device)
         self.model, self.collate = inputs.backbone.model, inputs.collate
         self.train_data, self.test_data = inputs.train, inputs.test
-        self.heads = Heads(self.model, seed=protocol.seed)
-        for task in protocol.tasks:
-            self.heads.add(task.name, task.num_labels)
+        pattern = present(self.model, part_names(self.model))
+        self.heads = [
+            labelled(
+                self.model,
+                pattern,
+                [f"LABEL_{label}" for label in range(task.num_labels)],
+                seed=f"{protocol.seed}/{task.name}",
+            )
+            for task in protocol.tasks
+        ]
         self.strategy = all_strategies()[protocol.strategy](self.model, protocol)
         self.stages = self.strategy.stages(len(protocol.tasks))
         self.first: dict[str, torch.Tensor] = {}  # the backbone after the first stage
@@ -89,7 +95,7 @@ class TaskSequence:
     def train_stage(self, number: int, stage: list[int], bar: tqdm) -> None:
         """Train on a stage's tasks, after what the strategy does before it."""
         rows = self._rows(stage)
-        model = MultiHead(self.heads) if len(rows) > 1 else self._use_head(stage[0])
+        model = MultiHead(self.model, self.heads) if len(rows) > 1 else self._use_head(stage[0])
         with self._timed("begin"):
             self.strategy.before_stage(number, self._loader(number, rows))
             if self.protocol.head_steps:
@@ -170,7 +176,9 @@ class TaskSequence:
         )
 
     def _use_head(self, task: int) -> torch.nn.Module:
-        return self.heads.use(self.protocol.tasks[task].name)
+        """The model with a task's head."""
+        place(self.model, self.heads[task])
+        return self.model
 
     def _seed(self, number: int) -> int:
         """A seed of its own for each stage, so that a resumed run repeats it exactly."""
@@ -212,7 +220,8 @@ class TaskSequence:
         try:
             with stages.saving(self.state, stages_done, self.numbers) as folder:
                 save_file(weights, folder / "model.safetensors")
-                save_file(self.heads.state_dict(), folder / "heads.safetensors")
+                for task, head in enumerate(self.heads):
+                    save_file(head.state_dict(), folder / f"head-{task}.safetensors")
                 save_file(self.first, folder / "first.safetensors")
                 self.strategy.save(folder)
         except (SafetensorError, OSError) as error:
@@ -239,12 +248,13 @@ class TaskSequence:
         logger.info("resuming %s from %s", self.protocol.name, folder)
         stages.check_origin(numbers["origin"], self.numbers["origin"], self.state)
         try:
-            self.heads.load_state_dict(load_file(folder / "heads.safetensors"))
+            for task, head in enumerate(self.heads):
+                head.load_state_dict(load_file(folder / f"head-{task}.safetensors"))
             self.strategy.load(folder)  # before the weights, because recall takes them at its base
             self._use_head(self.stages[numbers["stages_done"] - 1][-1])
             self.model.load_state_dict(load_file(folder / "model.safetensors"))
             self.first = load_file(folder / "first.safetensors")
-        except (SafetensorError, MaskFileError, OSError, RuntimeError) as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"cannot go on from {folder} ({error}): delete {self.state} to start this run again"
             ) from error

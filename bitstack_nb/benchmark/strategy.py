@@ -71,7 +71,7 @@ class Strategy:
         """Called after each stage (from 0) with batches of what it trained on."""
 
     def model_of(self, task: int) -> AbstractContextManager[nn.Module]:
-        """The model to evaluate a task under, for the length of a ``with`` block."""
+        """The model to evaluate a task under; the present one comes back after the block."""
         return nullcontext(self.model)
 
     def stats(self) -> dict[str, float] | None:

@@ -12,15 +12,10 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from bitstack_nb.benchmark.heads import Heads
 from bitstack_nb.benchmark.protocol import Protocol
+from bitstack_nb.head import Head, place
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
@@ -28,39 +23,25 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 class MultiHead(nn.Module):
     """One backbone under several heads at once; each row of a batch is scored by its task's.
 
-    Its forward takes a batch with ``task`` (int64 ``[batch]``, index into the heads' names) and
+    Its forward takes a batch with ``task`` (int64 ``[batch]``, the number of a row's head) and
     returns the mean loss over the rows.
     """
 
-    def __init__(self, heads: Heads) -> None:
-        super().__init__()
-        self.backbone = heads.model
-        self.heads = nn.ModuleList(heads.modules().values())
-        self._swap = heads
+    accepts_loss_kwargs = False  # else the Trainer would pass more than the batch
 
-    def forward(
-        self,
-        task: torch.Tensor,
-        labels: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def __init__(self, model: nn.Module, heads: Sequence[Head]) -> None:
+        super().__init__()
+        self.backbone, self._heads = model, heads
+        self.parts = nn.ModuleList(nn.ModuleDict(head.parts) for head in heads)
+
+    def forward(self, task: torch.Tensor, **columns: torch.Tensor) -> dict[str, torch.Tensor]:
         """Loss over a batch that mixes tasks: ``{"loss": float scalar}``."""
-        columns = {
-            "labels": labels,
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-        }
-        loss = input_ids.new_zeros((), dtype=torch.float32)
-        for index in task.unique().tolist():
-            rows = task == index
-            model = self._swap.use(self._swap.names[index])
-            own = {name: c[rows] for name, c in columns.items() if c is not None}
-            loss = loss + model(**own).loss.float() * rows.sum() / len(task)
+        loss = torch.zeros((), device=task.device)
+        for number in task.unique().tolist():
+            place(self.backbone, self._heads[number])
+            rows = task == number
+            own = {name: column[rows] for name, column in columns.items()}
+            loss = loss + self.backbone(**own).loss.float() * rows.sum() / len(task)
         return {"loss": loss}
 
 

@@ -1,7 +1,7 @@
 """A backbone: a transformers sequence classifier in float32, its tokenizer, and its batches.
 
 Scope: loading by Hub name or local folder, or building the tiny GPT-2; texts to token columns;
-token columns to padded batches. The heads of the tasks are in ``benchmark/heads.py``.
+token columns to padded batches. The heads of the tasks are in ``bitstack_nb/head.py``.
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ from toy_data import TASK, write_toy
 
 from bitstack_nb import Protocol, Task, load_results, run, stack
 from bitstack_nb.benchmark import sequence, training
-from bitstack_nb.benchmark.heads import Heads
 from bitstack_nb.benchmark.inputs import load_inputs
 from bitstack_nb.benchmark.training import MultiHead, accuracy
 from bitstack_nb.data.backbones import collate, encode, load_backbone
 from bitstack_nb.data.loading import load_task
 from bitstack_nb.data.tasks import find_task
+from bitstack_nb.head import labelled, place, present
 
 # Small enough for seconds, large enough that every stage trains and locks something.
 SMALL = Protocol(
@@ -280,7 +280,7 @@ def test_behind_a_damaged_stage_the_one_before_is_taken(results, tmp_path, monke
     state = stop_in_stage(3, STRATEGIES["bitstack"], tmp_path, monkeypatch)
     assert sorted(folder.name for folder in state.iterdir()) == ["stage-1", "stage-2"]
     if damage == "a missing file":
-        (state / "stage-2" / "heads.safetensors").unlink()
+        (state / "stage-2" / "head-0.safetensors").unlink()
     else:
         cut(state / "stage-2" / damage)
     resumed = run(STRATEGIES["bitstack"], output=tmp_path)
@@ -324,24 +324,25 @@ def test_a_new_head_is_fitted_on_its_own_task_before_training(tmp_path, monkeypa
 
 def test_a_mixed_batch_is_scored_by_each_rows_own_head():
     backbone = load_backbone("tiny-gpt2", max_length=24, seed=0)
-    heads = Heads(backbone.model.eval(), seed=0)
-    rows = []
-    for index, (name, labels) in enumerate([("imdb", 2), ("ag_news", 4), ("dbpedia", 14)]):
-        heads.add(name, labels)
+    model, pattern = backbone.model.eval(), present(backbone.model, ["score"])
+    heads, rows = [], []
+    for index, name in enumerate(("imdb", "ag_news", "dbpedia")):
         task = find_task(name)
+        labels = [str(label) for label in range(task.num_labels)]
+        heads.append(labelled(model, pattern, labels, seed=name))
         data = load_task(task, "embedded", train_size=index + 1, test_size=1, seed=0).train
         rows += [{**row, "task": index} for row in encode(data, backbone)]
     make_batch = collate(backbone)
-    joint = MultiHead(heads)
+    joint = MultiHead(model, heads)
     mixed = joint(**make_batch(rows))["loss"]
     singles = []
     for row in rows:
         batch = make_batch([row])
-        model = heads.use(heads.names[int(batch.pop("task"))])
+        place(model, heads[int(batch.pop("task"))])
         singles.append(model(**batch).loss)
     assert mixed.item() == pytest.approx(torch.stack(singles).mean().item(), rel=1e-5)
     mixed.backward()
-    own = [p for head in heads.modules().values() for p in head.parameters()]
+    own = [p for head in heads for _, p in head.named_parameters()]
     assert all(p.grad.any() for p in own)
     assert {id(p) for p in own} < {id(p) for p in joint.parameters()}
 

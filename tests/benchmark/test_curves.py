@@ -112,7 +112,3 @@ def test_unusable_requests_name_what_is_there(curves):
         curves.layer_table(0.123, "union")
     with pytest.raises(ValueError, match="no recorded importance"):
         LockCurves.from_record({})
-    damaged = curves.to_record()
-    del damaged["cells"][0]
-    with pytest.raises(ValueError, match="damaged"):
-        LockCurves.from_record(damaged)

@@ -28,15 +28,12 @@ class Published(Locking):
         self._stack.update(loader, n_batches=self.protocol.n_batches, observe=self._recorder.add)
 
     def importance_record(self) -> dict[str, Any]:
-        """The lock curves of the importance measured so far."""
         return self._recorder.curves().to_record()
 
     def save(self, folder: Path) -> None:
-        """Write masks, locked values, and at which sparsity each weight would be locked."""
         super().save(folder)
         save_file(self._recorder.state_dict(), folder / "curves.safetensors")
 
     def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote, and hook the model."""
         super().load(folder)
         self._recorder.load_state_dict(load_file(folder / "curves.safetensors"))

@@ -16,7 +16,6 @@ class Strict(Published):
     name, label, order, colour = "bitstack-strict", "BitStack (strict)", 65, "#FBAFE4"
 
     def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
-        """Freeze them from the second stage on."""
         if number:
             for parameter in small_parameters(self.model.base_model):
                 parameter.requires_grad_(False)

@@ -71,18 +71,13 @@ class EWC(Strategy):
         output["loss"] = output["loss"] + self.penalty()
 
     def storage(self, data: Sequence[Dataset]) -> int:
-        """The Fisher; the weights to stay near are the model's own."""
-        return n_bytes(self._fisher.values())
+        return n_bytes(self._fisher.values())  # the weights to stay near are the model's own
 
     def save(self, folder: Path) -> None:
-        """Write the Fisher."""
         save_file(self._fisher, folder / "fisher.safetensors")
 
     def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote."""
-        device = next(self.model.parameters()).device
-        loaded = load_file(folder / "fisher.safetensors")
-        self._fisher = {name: fisher.to(device) for name, fisher in loaded.items()}
+        self._fisher = load_file(folder / "fisher.safetensors", device=str(self.model.device))
 
 
 def single_examples(loader: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, torch.Tensor]]:

@@ -15,6 +15,5 @@ class Frozen(Strategy):
     drifts = False
 
     def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
-        """Freeze the backbone from the second stage on."""
         if number:
             self.model.base_model.requires_grad_(False)

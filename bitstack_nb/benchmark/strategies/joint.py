@@ -14,5 +14,4 @@ class Joint(Strategy):
 
     @staticmethod
     def stages(n_tasks: int) -> list[list[int]]:
-        """One stage of all tasks."""
         return [list(range(n_tasks))]

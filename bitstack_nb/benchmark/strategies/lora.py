@@ -47,12 +47,10 @@ class LoRA(Strategy):
                 inject_adapter_in_model(config, model.base_model, _adapter(task))
 
     def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
-        """Switch to the task's adapter, the only one that is trained."""
-        self._show(number)
+        self._show(number)  # the only adapter that is trained
 
     @contextmanager
     def model_of(self, task: int) -> Iterator[nn.Module]:
-        """The backbone with the task's adapter; the present one comes back after the block."""
         present = self._shown
         self._show(task)
         try:
@@ -61,7 +59,6 @@ class LoRA(Strategy):
             self._show(present)
 
     def storage(self, data: Sequence[Dataset]) -> int:
-        """The adapters, all of one size."""
         parameters = self.model.base_model.named_parameters()
         return n_bytes(parameter for name, parameter in parameters if ".lora_" in name)
 

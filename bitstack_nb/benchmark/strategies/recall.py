@@ -34,47 +34,37 @@ class Recall(Strategy):
 
     @classmethod
     def check(cls, protocol: Protocol) -> None:
-        """Raise a ValueError for settings that exact recall refuses."""
         importance, known = protocol.importance or "gradient", (*IMPORTANCES, RANDOM)
         check_settings(protocol.sparsity, importance=importance, importances=known)
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Trains the task's own weights and head, and nothing else."""
         return [self._tasks.callback()]
 
     def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
-        """Open the task: fit its head, choose its own weights."""
         name, n_batches = self._name(number), self.protocol.n_batches or 1
         self._tasks.begin(name, loader=loader, n_batches=n_batches)
 
     def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
-        """Close the task."""
         self._tasks.close()
 
     def model_of(self, task: int) -> AbstractContextManager[nn.Module]:
-        """The task's own model, whatever came after it."""
         return self._tasks.using(self._name(task))
 
     def stats(self) -> dict[str, float] | None:
-        """How many weights are any task's own."""
         return self._tasks.stats()
 
     def layer_records(self) -> list[dict[str, Any]]:
-        """The layer table."""
         return records(self._tasks.layer_table())
 
     def storage(self, data: Sequence[Dataset]) -> int:
-        """Positions and values of the tasks' own weights, as they are stored."""
         return self._tasks.own_bytes()
 
     def save(self, folder: Path) -> None:
-        """Write the tasks."""
         self._tasks.save(folder / "tasks.safetensors")
 
     def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote; the model is the last task's, as it was."""
         self._tasks = ExactRecall.load(folder / "tasks.safetensors", self.model)
-        self._tasks.switch(self._tasks.names[-1])
+        self._tasks.switch(self._tasks.names[-1])  # as it was
 
     def _name(self, task: int) -> str:
         return self.protocol.tasks[task].name

@@ -27,7 +27,7 @@ class Replay(Strategy):
         return Strategy.rows(stage, data, protocol) | kept
 
     def storage(self, data: Sequence[Dataset]) -> int:
-        """Four bytes for each token and each label that is kept."""
+        # Four bytes for each token and each label that is kept.
         kept = [kept_rows(rows, task, self.protocol) for task, rows in enumerate(data)]
         return 4 * sum(sum(rows["length"]) + len(rows) for rows in kept)
 

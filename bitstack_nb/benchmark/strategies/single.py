@@ -30,16 +30,13 @@ class Single(Strategy):
         self._tasks: list[dict[str, torch.Tensor]] = []
 
     def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
-        """Put the backbone back to the base."""
         self.model.base_model.load_state_dict(self._base)
 
     def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
-        """Keep the task's backbone."""
         self._tasks.append(self._weights())
 
     @contextmanager
     def model_of(self, task: int) -> Iterator[nn.Module]:
-        """The task's own model; the present weights come back after the block."""
         present = self._weights()
         self.model.base_model.load_state_dict(self._tasks[task])
         try:
@@ -48,22 +45,16 @@ class Single(Strategy):
             self.model.base_model.load_state_dict(present)
 
     def storage(self, data: Sequence[Dataset]) -> int:
-        """A backbone per task."""
         return n_bytes(tensor for task in self._tasks for tensor in task.values())
 
     def save(self, folder: Path) -> None:
-        """Write every task's backbone, as ``task/name``."""
-        tensors = {f"{t}/{n}": w for t, own in enumerate(self._tasks) for n, w in own.items()}
-        save_file(tensors, folder / "tasks.safetensors")
+        for task, weights in enumerate(self._tasks):
+            save_file(weights, folder / f"task-{task}.safetensors")
 
     def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote."""
-        device = next(self.model.parameters()).device
-        tasks: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in load_file(folder / "tasks.safetensors").items():
-            task, _, name = key.partition("/")
-            tasks.setdefault(task, {})[name] = tensor.to(device)
-        self._tasks = [tasks[task] for task in sorted(tasks, key=int)]
+        device, count = str(self.model.device), len(list(folder.glob("task-*.safetensors")))
+        files = [folder / f"task-{task}.safetensors" for task in range(count)]
+        self._tasks = [load_file(file, device=device) for file in files]
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {n: tensor.clone() for n, tensor in self.model.base_model.state_dict().items()}

@@ -10,6 +10,8 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,7 @@ def load_pretrained(
             model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder, config=config, dtype=torch.float32, output_loading_info=True, **safe
             )
+            _check_tokens(model, tokenizer, name)
     except BackboneError:
         raise
     except Exception as error:  # OSError, ValueError, SafetensorError, ... by version
@@ -86,6 +89,11 @@ def _load_tokenizer(folder: Path, name: str) -> transformers.PreTrainedTokenizer
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, ImportError, ... by architecture
+        if lacking := _lacking_packages(folder):
+            raise BackboneError(
+                f"{name}: its tokenizer is a SentencePiece file; install what reads it (pip install"
+                f" {' '.join(lacking)}) and start Python again"
+            ) from error
         raise BackboneError(
             f"{name}: the tokenizer cannot be loaded ({first_line(error)}); {way_out}"
         ) from error
@@ -93,6 +101,37 @@ def _load_tokenizer(folder: Path, name: str) -> transformers.PreTrainedTokenizer
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise BackboneError(f"{name}: there are no tokenizer files; {way_out}")
     return tokenizer
+
+
+def _lacking_packages(folder: Path) -> list[str]:
+    """The packages that are not installed, but read a tokenizer of a ``.model`` file alone."""
+    if (folder / "tokenizer.json").exists() or not list(folder.glob("*.model")):
+        return []
+    return [name for name in ("sentencepiece", "protobuf") if not _installed(name)]
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        return bool(metadata.version(distribution))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _check_tokens(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, name: str
+) -> None:
+    """Raise a BackboneError if the tokenizer gives a number that no embedding has."""
+    try:
+        rows = model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):  # CANINE hashes characters
+        return
+    token, last = max(tokenizer.get_vocab().items(), key=itemgetter(1))
+    if last >= rows:
+        raise BackboneError(
+            f"{name}: the tokenizer has token {token!r} with number {last}, but the model has"
+            f" {rows} embeddings; take the model's own tokenizer, or save the model after"
+            " resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def _locate(name: str) -> tuple[Path, dict[str, Any]]:

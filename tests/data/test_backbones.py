@@ -13,9 +13,10 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled
-from tiny_backbones import CONFIGS, DECODERS, POSITIONS, make_config, make_tokenizer
+from tiny_backbones import CONFIGS, DECODERS, POSITIONS, SIZES, make_config, make_tokenizer
 from transformers.utils import logging as transformers_logging
 
+from bitstack_nb.data import pretrained
 from bitstack_nb.data.backbones import Backbone, collate, encode, load_backbone
 from bitstack_nb.data.embedded import embedded_split, embedded_vocabulary
 from bitstack_nb.data.errors import BackboneError
@@ -168,6 +169,24 @@ def test_a_decoder_without_padding_and_end_token(folders: dict[str, Path], tmp_p
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     assert_refused(tmp_path, "neither a padding nor an end token")
+
+
+def test_a_token_beyond_the_embeddings(folder: Path) -> None:
+    tokenizer = make_tokenizer(encoder=True)
+    tokenizer.add_tokens(["volcano"])
+    tokenizer.save_pretrained(folder)
+    assert_refused(folder, "token 'volcano' with number 13", "13 embeddings")
+
+
+def test_a_sentencepiece_tokenizer_names_the_packages_it_takes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    transformers.XLMRobertaConfig(**SIZES).save_pretrained(folder)
+    (folder / "sentencepiece.bpe.model").write_bytes(b"no tokenizer at all")
+    monkeypatch.setattr(pretrained, "_installed", lambda name: False)
+    assert_refused(folder, "SentencePiece", "pip install sentencepiece protobuf")
 
 
 # --- texts to batches ------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The guarantee: a locked weight gets no gradient, and is put back after each optimizer step.
 
-A gradient of zero keeps clipping and Adam's moments clean, but momentum and weight decay still move
-the weight. So after the step every locked weight gets back the value it was locked with.
+A gradient of zero keeps a locked weight out of clipping and of Adam's moments. Momentum and weight
+decay still move the weight, so after the step it gets back the value it was locked with.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bitstack_nb.eligible import refuse_shards
 from bitstack_nb.locks import Locks
 
 _guards: WeakKeyDictionary[nn.Module, WeakSet[Guard]] = WeakKeyDictionary()
-# Models that importance is measured on now: no guard may hide gradients from that.
+# Models whose importance is being measured: gradient hooks do nothing there.
 _lifted: WeakSet[nn.Module] = WeakSet()
 
 
@@ -30,19 +30,19 @@ class LockedWeightsMoved(RuntimeError):
 
 
 def guarded(model: nn.Module) -> bool:
-    """Whether any guard has hooks on a model."""
+    """Whether a model has gradient hooks of any guard."""
     return any(guard.handles for guard in _guards.get(model, ()))
 
 
 class Guard:
     """Hooks on the parameters with locked weights, and on the optimizers that step them.
 
-    The hooks keep the guard alive, so it works on when nothing refers to the stack any more. A deep
-    copy guards a copy of the model, and no optimizer yet.
+    The hooks keep the guard alive, so it still works after the stack is deleted. A deep copy of a
+    guard guards the copied model, and is not attached to an optimizer.
 
     Attributes:
         handles: one gradient hook per parameter with locked weights, by name.
-        hook_calls: how often each was called.
+        hook_calls: how often each gradient hook was called.
     """
 
     def __init__(self, model: nn.Module, locks: Locks) -> None:
@@ -56,7 +56,7 @@ class Guard:
     # Before the step: no gradient ---------------------------------------------------------------
 
     def add_gradient_hooks(self) -> None:
-        """Hook every parameter that has locked weights and no hook yet."""
+        """Add a gradient hook to each parameter that has locked weights and no hook yet."""
         for name in self._locks.names:
             parameter = self._locks.parameters[name]
             if name not in self.handles and parameter.requires_grad:
@@ -73,7 +73,7 @@ class Guard:
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """Let gradients pass the hooks of every guard on the model, to measure importance."""
+        """Within the block the gradient hooks on the model do nothing, to measure importance."""
         _lifted.add(self._model)
         try:
             yield
@@ -83,7 +83,7 @@ class Guard:
     # After the step: put back -------------------------------------------------------------------
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """As ``BitStack.attach``."""
+        """Hook an optimizer; ``BitStack.attach`` documents it."""
         while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = optimizer.optimizer  # accelerate wraps the one that steps
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -98,15 +98,15 @@ class Guard:
         self.add_gradient_hooks()
         for handle in self._attached.pop(optimizer, ()):
             handle.remove()
-        # A compiled step must not trace these: what is put back would become a constant.
-        mask, put_back = map(torch.compiler.disable, (self._locks.zero_waiting, self._put_back))
-        before = optimizer.register_step_pre_hook(lambda *_: mask())
+        # A compiled step must not trace these, or the values put back would become constants.
+        zero, put_back = map(torch.compiler.disable, (self._locks.zero_waiting, self._put_back))
+        before = optimizer.register_step_pre_hook(lambda *_: zero())
         after = optimizer.register_step_post_hook(lambda stepped, *_: put_back(stepped))
         self._attached[optimizer] = before, after
         return after
 
     def _put_back(self, stepped: torch.optim.Optimizer) -> None:
-        # Only its own weights: a backward pass that still runs may need the others untouched.
+        # Other optimizers' weights stay: a backward pass that still runs may need them.
         self._locks.restore(_held_by(stepped))
 
     def detach(self) -> None:
@@ -119,7 +119,7 @@ class Guard:
     # Checks -------------------------------------------------------------------------------------
 
     def verify(self) -> None:
-        """Raise LockedWeightsMoved, with how many and where, if any weight moved."""
+        """Raise LockedWeightsMoved if a locked weight moved, and say how many and where."""
         self.check_still_the_models()
         moved = self._locks.moved()
         if moved:
@@ -130,7 +130,7 @@ class Guard:
             )
 
     def check_still_the_models(self) -> None:
-        """Raise a RuntimeError if the model no longer holds a parameter that is guarded."""
+        """Raise a RuntimeError if the model no longer holds one of the guarded parameters."""
         refuse_shards(self._model)
         present = {id(p) for p in self._model.parameters()}
         gone = [name for name, p in self._locks.parameters.items() if id(p) not in present]

@@ -1,4 +1,4 @@
-"""What is locked: packed masks, and the exact values of locked weights, parameter by parameter."""
+"""Locks of a model: packed masks, and the exact values of locked weights, by parameter."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Locks:
     """The locked weights of some parameters: one bit per weight, and the value of each locked one.
 
     Masks are unpacked one parameter at a time. Bits and values follow a parameter to another
-    device; a cast of a parameter with locked weights is refused.
+    device. A parameter with locked weights must keep its dtype; a cast raises a RuntimeError.
 
     Args:
-        parameters: what may be locked, by name.
+        parameters: the parameters whose weights may be locked, by name.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -44,7 +44,7 @@ class Locks:
             name: torch.zeros(bits.packed_size(p.shape), dtype=torch.uint8, device=p.device)
             for name, p in self.parameters.items()
         }
-        # In the order of the flattened parameter.
+        # Locked values, in the order of the flattened parameter.
         self._values = {name: p.detach().new_empty(0) for name, p in self.parameters.items()}
         self._tasks: list[dict[str, TaskLocks]] = []
         self._fused: Fused | None = None
@@ -53,24 +53,24 @@ class Locks:
 
     @property
     def count(self) -> int:
-        """Locked weights in all."""
+        """Number of locked weights."""
         return sum(len(values) for values in self._values.values())
 
     @property
     def names(self) -> list[str]:
-        """The names of parameters with locked weights."""
+        """Names of the parameters that have locked weights."""
         return [name for name, values in self._values.items() if len(values)]
 
     def mask(self, name: str) -> torch.Tensor:
-        """A parameter's mask, unpacked on its device: bool, of its shape, True where locked."""
+        """A parameter's mask, unpacked on its device: bool, in its shape, True where locked."""
         return bits.unpack(self._followed(name), self.parameters[name].shape)
 
     def _positions(self, name: str) -> torch.Tensor:
-        """Where a parameter is locked: int64 positions in it flattened, ascending."""
+        """Positions of locked weights in the flattened parameter: int64, ascending."""
         return bits.positions(self._followed(name), self.parameters[name].shape)
 
     def _followed(self, name: str) -> torch.Tensor:
-        """A parameter's packed mask, moved to its device with the values; refuses a cast."""
+        """A parameter's packed mask, moved to its device with the values; a cast is an error."""
         parameter, values = self.parameters[name], self._values[name]
         if not len(values):  # nothing locked yet: a cast of the model loses nothing
             values = self._values[name] = parameter.detach().new_empty(0)
@@ -87,9 +87,9 @@ class Locks:
 
     @torch.no_grad()
     def add(self, chosen: Mapping[str, torch.Tensor]) -> None:
-        """Lock a task's weights, given as bool masks, at the values they have now.
+        """Lock the weights of a task's bool masks, at the values they have now.
 
-        All that is new is computed before anything old is replaced.
+        Everything is computed before anything is replaced, so an error changes nothing.
         """
         new_bits, task = {}, {}
         for name, mask in chosen.items():
@@ -118,9 +118,9 @@ class Locks:
     # The guarantee ------------------------------------------------------------------------------
 
     def zeroed(self, name: str, gradient: torch.Tensor) -> torch.Tensor | None:
-        """The gradient of a parameter, zero where it is locked.
+        """A parameter's gradient, with zeros where the parameter is locked.
 
-        None on a GPU that zeroes the gradients of all parameters when the backward pass ends.
+        With ``kernels`` it is None: ``zero_waiting`` zeroes all when the backward pass ends.
         """
         kernels = _kernels(gradient.device)
         if kernels and kernels.can_wait(self.parameters[name], gradient):
@@ -129,16 +129,16 @@ class Locks:
                 kernels.after_backward(self.zero_waiting)
             self._waiting.setdefault(backward_pass, set()).add(name)
             return None
-        # Not a product of numbers: inf * 0 is NaN.
+        # A product of numbers would be wrong: inf * 0 is NaN.
         if gradient.device.type != "cpu" or gradient.requires_grad:
             return gradient.masked_fill(self.mask(name), 0)
-        # A product of bit patterns is exact, and there three times as fast.
+        # On the CPU a product of bit patterns is exact, and three times as fast.
         free = bits.unpack(~self._followed(name), gradient.shape)
         return (bits.pattern(gradient) * free).view(gradient.dtype)
 
     @torch.no_grad()
     def zero_waiting(self) -> None:
-        """Zero where they are locked the gradients that ``zeroed`` left for later."""
+        """Set the gradients that ``zeroed`` left for later to zero where they are locked."""
         waiting, self._waiting = self._waiting, {}
         names = set().union(*waiting.values())
         gradients = {n: g for n in names if (g := self.parameters[n].grad) is not None}
@@ -151,7 +151,7 @@ class Locks:
         """Put locked weights back to the values they were locked with.
 
         Args:
-            stepped: ids of parameters; the others are not touched. Default: all are put back.
+            stepped: ids of the parameters to put back; None means all.
         """
         locked = ((name, self.parameters[name]) for name in self.names)
         held = {n: p for n, p in locked if stepped is None or id(p) in stepped}
@@ -165,7 +165,7 @@ class Locks:
 
     @torch.no_grad()
     def moved(self) -> dict[str, int]:
-        """How many locked weights differ in any bit from their values, by name; 0 left out."""
+        """Numbers of locked weights that differ in any bit from their values, by name; no zeros."""
         held = {name: self.parameters[name] for name in self.names}
         fused = self._followed_and_fused(held)
         counted = fused.compare(held) if fused else {}
@@ -179,9 +179,9 @@ class Locks:
         return {name: number for name, number in moved.items() if number}
 
     def _followed_and_fused(self, names: Collection[str]) -> Fused | None:
-        """What handles the locked weights of all parameters in one launch, where there is a GPU.
+        """Kernels that handle the locked weights of all parameters in one launch; None on a CPU.
 
-        Masks and values of the named parameters are on their devices then.
+        Masks and values of the named parameters are moved to the parameters' devices first.
         """
         for name in names:
             self._followed(name)
@@ -197,7 +197,7 @@ class Locks:
     # Tables and files ---------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameter shapes and dtypes, packed masks, locked values, locks per task; all copied."""
+        """Copies of parameter shapes and dtypes, packed masks, locked values, locks per task."""
         return {
             "parameters": {
                 name: {"shape": list(p.shape), "dtype": str(self._values[name].dtype)}
@@ -210,9 +210,9 @@ class Locks:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state and put its values into the parameters.
+        """Replace all locks by those of a state, and put its values into the parameters.
 
-        Where it has no values (None) the parameters' present ones are locked. A state of other
+        If its values are None, the parameters' present values are locked. A state of other
         parameters raises a ``maskfile.MaskFileError`` that names every mismatch; nothing has
         changed then.
         """

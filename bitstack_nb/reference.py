@@ -1,9 +1,9 @@
 """Both methods in plain PyTorch, the first file to read: BitStack, and our exact recall.
 
-Scope: the methods and nothing else, on any model whose forward gives ``.loss``. Masks are bool
-tensors, every weight is copied, and ``parameters`` are the eligible ones by name. ``stack`` and
-``recall`` add packed masks, files, checks and errors. Tests compare them with this file step by
-step, and ``cost`` times it as the plain way.
+This file holds the methods and nothing else. A model is any module whose forward gives ``.loss``,
+and ``parameters`` are its eligible parameters by name. Masks are bool tensors. The modules
+``stack`` and ``recall`` add packed masks, files, checks and errors. Tests compare them with this
+file step by step, and ``cost`` times it as the plain implementation.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def measure(model: nn.Module, parameters: Parameters, batches: Batches) -> dict[
 
 
 def choose(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
-    """Bool masks of the k largest scores over all parameters together, but of no score of zero."""
+    """Bool masks of the k largest scores of all parameters together, without scores of zero."""
     everything = torch.cat([score.flatten() for score in scores.values()])
     threshold = everything.topk(k).values[-1] if k else torch.inf
     return {name: (score >= threshold) & (score > 0) for name, score in scores.items()}
 
 
 class PlainBitStack:
-    """The published method: after each task, lock the ``sparsity`` that mattered most for it.
+    """The published method: after each task, lock the weights that matter most for it.
 
-    Budget ``"union"`` lets a task choose weights that are locked already; with ``"fresh"`` every
-    task locks new ones.
+    A task chooses the share ``sparsity`` of all eligible weights. With budget ``"union"`` it may
+    choose locked weights again; with ``"fresh"`` it chooses free weights only.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PlainBitStack:
         self.values = {n: p.detach().clone() for n, p in parameters.items()}
 
     def update(self, batches: Batches) -> None:
-        """After a task: lock what mattered most in its batches, at the values it has now."""
+        """After a task, lock the weights that matter most on its batches, at their values now."""
         scores = measure(self.model, self.parameters, batches)
         if self.budget == "fresh":
             for name, score in scores.items():
@@ -65,18 +65,18 @@ class PlainBitStack:
         self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     def zero_gradients(self, *_: object) -> None:
-        """Between backward and the optimizer's step: a locked weight has no gradient."""
+        """Before the optimizer's step, set the gradients of locked weights to zero."""
         for name, parameter in self.parameters.items():
             parameter.grad[self.masks[name]] = 0
 
     @torch.no_grad()
     def put_back(self, *_: object) -> None:
-        """After the step: undo what momentum and weight decay did to locked weights."""
+        """After the step, put locked values back: momentum and weight decay have moved them."""
         for name, parameter in self.parameters.items():
             parameter[self.masks[name]] = self.values[name][self.masks[name]]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Do both at every step of a torch optimizer."""
+        """Call ``zero_gradients`` before and ``put_back`` after each step of an optimizer."""
         self.handles = [
             optimizer.register_step_pre_hook(self.zero_gradients),
             optimizer.register_step_post_hook(self.put_back),
@@ -89,11 +89,11 @@ class PlainBitStack:
 
 
 class PlainRecall:
-    """Exact recall, our extension: a task is a few own weights in one base, and a head.
+    """Exact recall, our extension: a task has a few own weights and a head; all share one base.
 
-    Tasks do not depend on each other. Nothing but own weights and ``heads``, the head's parameters,
-    is trained. So the base with a task's own weights put in is that task's model, bit for bit.
-    (Each task needs a head of its own. The user puts it in here; ``ExactRecall`` keeps it.)
+    An optimizer trains the own weights and ``heads`` (the head's parameters), and nothing else. So
+    the base with a task's own weights put in is that task's model, bit for bit. Tasks do not depend
+    on each other. (Each task needs its own head. ``ExactRecall`` keeps it; here the user does.)
     """
 
     def __init__(
@@ -112,8 +112,8 @@ class PlainRecall:
     def begin(self, scores: Mapping[str, Tensor]) -> list[nn.Parameter]:
         """Start a task on the base; its own weights are those with the k highest scores.
 
-        Random scores serve best; ``measure`` gives those of importance. Returns all that an
-        optimizer may train: the own weights as one vector, and the head.
+        Random scores serve best; ``measure`` gives importance. Returns the parameters that an
+        optimizer may train: one vector of the own weights, and the head's.
         """
         self.switch(None)
         self.own = choose(scores, self.k)
@@ -122,28 +122,28 @@ class PlainRecall:
         return [self.vector, *self.heads]
 
     def gather(self, *_: object) -> None:
-        """Between backward and the optimizer's step: the vector gets its part of the gradients."""
+        """Before the optimizer's step, copy the gradients of own weights into the vector's."""
         parts = [self.parameters[name].grad[mask] for name, mask in self.own.items()]
         self.vector.grad = torch.cat(parts)
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def write(self, *_: object) -> None:
-        """After the step: the vector's weights go into the model."""
+        """After the step, write the vector into the model's own weights."""
         self._put(self.own, self.vector)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Do both at every step of a torch optimizer."""
+        """Call ``gather`` before and ``write`` after each step of an optimizer."""
         optimizer.register_step_pre_hook(self.gather)
         optimizer.register_step_post_hook(self.write)
 
     def close(self, name: str) -> None:
-        """End the task: keep which weights are its own, and their values."""
+        """End the task: keep the masks of its own weights, and their values."""
         self.tasks[name] = self.own, self.vector.detach().clone()
 
     @torch.no_grad()
     def switch(self, name: str | None) -> None:
-        """Turn the model into a task's, or with None into the base."""
+        """Put the base into the model, and then the own weights of a task, unless it is None."""
         for parameter, value in self.base.items():
             self.parameters[parameter].copy_(value)
         if name is not None:

@@ -1,10 +1,10 @@
 """BitStack, the published method: after each task, lock the weights that mattered for it.
 
-``update`` measures importance on a task's data and ORs the most important weights into a cumulative
-mask of one bit per weight. From then on the gradient of a locked weight is zero, and after each
-step of an attached optimizer it has bit for bit the value it was locked with (``guard``).
+``update`` measures importance on a task's data, and adds the most important weights to a mask of
+one bit per weight. From then on a locked weight gets no gradient. After each step of an attached
+optimizer it gets back, bit for bit, the value it was locked with (``guard``).
 
-Works on any ``torch.nn.Module`` whose forward gives ``.loss``.
+The model is any ``torch.nn.Module`` whose forward gives ``.loss``.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ logger = logging.getLogger(__name__)
 
 
 class BitStack:
-    """The cumulative mask of a model's important weights, and the guarantee that they stay.
+    """Locks the weights of a model that matter for its tasks, in one mask for all tasks.
 
-    Under ``torchrun`` every rank makes a stack and calls ``update``, ``measure`` and ``lock`` with
-    the others: importance is summed over their batches, and they lock the same weights.
+    Under ``torchrun`` every rank makes a stack, and all ranks call ``update``, ``measure`` and
+    ``lock`` together. Importance is summed over the ranks, so they lock the same weights.
 
     Args:
-        model: the model to protect, in any wrapper; masks follow it to another device.
+        model: the model to protect, also in a wrapper; masks follow it to another device.
         sparsity: share of the eligible weights that one task may lock, 0 to 1.
         exclude: strings; parameters with one of them in their name are never locked. ``None``
-            leaves out heads, embeddings and the final norm, found from the model.
-        budget: ``"union"`` measures importance with the masks lifted, so that tasks overlap (the
-            published text); ``"fresh"`` behind the masks, so that each task locks new weights (the
-            published code).
-        importance: the sum over batches of the gradient's absolute value (``"gradient"``), of that
-            of gradient times weight (``"gradient-weight"``) or of its square (``"fisher"``).
+            excludes heads, embeddings and the final norm (``eligible`` has the rules).
+        budget: with ``"union"`` a task may choose locked weights again, so tasks overlap (the
+            published text). With ``"fresh"`` it chooses free weights only (the published code).
+        importance: a sum over batches: of the gradient's absolute value (``"gradient"``), of
+            |gradient times weight| (``"gradient-weight"``) or of the gradient's square
+            (``"fisher"``).
 
     Raises:
-        ValueError: a setting is out of range, the model has no eligible weights, or shards for
-            parameters (FSDP, DeepSpeed ZeRO).
+        ValueError: a setting is out of range, the model has no eligible weights, or its parameters
+            are shards (FSDP, DeepSpeed ZeRO).
         TypeError: the model is no module.
     """
 
@@ -88,14 +88,14 @@ class BitStack:
         *,
         observe: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
     ) -> dict[str, float]:
-        """Lock the weights that matter most for the task that ``loader`` gives batches of.
+        """Measure importance on a task's batches, and lock the weights that matter most.
 
         Args:
             loader: batches, each a mapping with ``labels``; keys that the model's forward does
                 not take are dropped.
-            n_batches: how many to use; fewer are fine.
-            observe: called with the importance, float32 by parameter name, before anything is
-                locked (:class:`bitstack_nb.benchmark.curves.CurveRecorder`).
+            n_batches: how many batches to use at most.
+            observe: a function that gets the importance (float32 by parameter name) before
+                anything is locked (:class:`bitstack_nb.benchmark.curves.CurveRecorder`).
 
         Returns:
             The new :meth:`stats`.
@@ -113,9 +113,9 @@ class BitStack:
     def measure(
         self, loader: Iterable[Mapping[str, Any]], n_batches: int = 32
     ) -> dict[str, torch.Tensor]:
-        """The importance that :meth:`update` would go by: masks lifted, nothing locked or changed.
+        """Importance of each weight, locked or not, as :meth:`update` measures it; locks nothing.
 
-        Arguments and errors as there; float32 by parameter name, of the parameter's shape.
+        It is float32 by parameter name, in the parameter's shape. Errors are those of ``update``.
         """
         self._guard.check_still_the_models()
         with self._guard.lifted():
@@ -124,7 +124,7 @@ class BitStack:
             return measure(model, parameters, loader, n_batches=n_batches, importance=how)
 
     def lock(self, chosen: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Lock these weights as a task's, however they were chosen.
+        """Lock the weights of these masks as one task's; :meth:`update` passes the top k.
 
         Args:
             chosen: a bool mask of the parameter's shape and on its device for every name in
@@ -153,14 +153,16 @@ class BitStack:
     # The guarantee ------------------------------------------------------------------------------
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Keep locked weights exact through every step of this optimizer; once is enough.
+        """Hook an optimizer: after each step its locked weights get their values back.
+
+        It also adds missing gradient hooks. A second call for an optimizer changes nothing.
 
         Returns:
             A handle whose ``remove()`` undoes it for this optimizer alone.
 
         Raises:
             ValueError: the optimizer holds none of the stack's parameters.
-            TypeError: it is no optimizer.
+            TypeError: ``optimizer`` is no torch optimizer.
         """
         return self._guard.attach(optimizer)
 
@@ -169,7 +171,7 @@ class BitStack:
         self._guard.detach()
 
     def callback(self) -> TrainerCallback:
-        """The same guarantee for the transformers ``Trainer``: ``Trainer(callbacks=[...])``."""
+        """A callback for ``Trainer``: attaches its optimizer, and verifies after training."""
         from bitstack_nb.trainer import GuardCallback
 
         return GuardCallback(self._guard)
@@ -180,7 +182,10 @@ class BitStack:
         self._locks.restore()
 
     def verify(self) -> int:
-        """Count the locked weights that differ in any bit from the value they were locked with: 0.
+        """Check that every locked weight has, bit for bit, the value it was locked with.
+
+        Returns:
+            0, the number of locked weights that moved.
 
         Raises:
             LockedWeightsMoved: some moved; the message says how many, and where.
@@ -202,11 +207,11 @@ class BitStack:
 
     @property
     def masks(self) -> Mapping[str, torch.Tensor]:
-        """Name -> bool tensor of the parameter's shape, True where locked; unpacked on look-up."""
+        """Masks by parameter name: bool, in the parameter's shape, True where locked."""
         return Masks(self._locks.parameters, self._locks.mask)
 
     def stats(self) -> dict[str, float]:
-        """Locked, total and eligible weights; locked in percent of all and of the eligible."""
+        """Numbers of weights; ``locked_pct`` is of all weights, ``frozen_pct`` of the eligible."""
         locked, total = self._locks.count, eligible.parameter_count(self._model)
         return {
             "locked": locked,
@@ -217,10 +222,10 @@ class BitStack:
         }
 
     def layer_table(self) -> pandas.DataFrame:
-        """One row per layer, module and task.
+        """Numbers of weights, one row per layer, module and task.
 
         Columns: layer (<NA> outside the blocks), module, task (from 1), eligible, selected (chosen
-        by the task), added (of those, not locked before), locked (after the task), lock_fraction
+        by the task), added (chosen and not locked before), locked (after the task), lock_fraction
         (locked over eligible, 0 to 1).
         """
         return self._locks.layer_table()
@@ -232,35 +237,35 @@ class BitStack:
         return {"settings": dict(self.settings), **self._locks.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over masks and put the locked values they come with into the model.
+        """Replace the masks by those of a state, and put its locked values into the model.
 
-        Without values (``save(path, values=False)``) the model's present ones are locked.
+        If it has no values (``save(path, values=False)``), the model's present values are locked.
 
         Raises:
-            maskfile.MaskFileError: the state does not match the model; every mismatch is named
-                and nothing has changed.
+            maskfile.MaskFileError: the state does not match the model. The message names every
+                mismatch, and nothing has changed.
         """
         self._locks.load_state_dict(state)
         self.settings.update(state["settings"])
         self._guard.add_gradient_hooks()
 
     def save(self, path: str | os.PathLike[str], *, values: bool = True) -> None:
-        """Write masks and locked values as safetensors, the masks at one bit per eligible weight.
+        """Write masks (one bit per eligible weight) and locked values to a safetensors file.
 
-        ``values=False`` leaves out the values, for keeping the file beside the model's weights.
+        ``values=False`` leaves out the values, for a file that is kept beside the model's weights.
         """
         maskfile.write(path, self.state_dict(), values=values)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> BitStack:
-        """The stack saved at ``path``, on ``model``; its locked values are put into the model.
+        """Make a stack for ``model`` from a file, and put the locked values into the model.
 
         The model may be frozen, as for inference.
 
         Raises:
             FileNotFoundError: there is no such file.
-            maskfile.MaskFileError: it is damaged, foreign or of another model; the model is
-                untouched.
+            maskfile.MaskFileError: the file is damaged, not a mask file or of another model. The
+                model is untouched.
             TypeError: the model is no module.
         """
         whole, state = eligible.unwrap(model), maskfile.read(path)

@@ -171,7 +171,8 @@ class Vector:
 
     def _checkpointing(self) -> bool:
         """Whether this is a transformers model with gradient checkpointing."""
-        return getattr(self._model, "is_gradient_checkpointing", False)
+        parts = self._model.modules() if hasattr(self._model, "enable_input_require_grads") else ()
+        return any(getattr(part, "gradient_checkpointing", False) for part in parts)
 
     def _hook(self, group: int, part: slice, where: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:

@@ -61,16 +61,18 @@ class Exchange:
         if name is not None:
             check_alone(self.model, self)
         self._base.put_back_buffers()
-        if name != self.shown:
-            former = self.shown, self.own
-            try:
+        former, former_head = (self.shown, self.own), heads.present(self.model, head.parts)
+        try:
+            if name != self.shown:
                 self._uncover()
                 self._cover(name, own)
-            except BaseException:  # a notebook's interrupt too
+            heads.place(self.model, head)
+        except BaseException:  # a notebook's interrupt too
+            if name != former[0]:
                 self._uncover()
                 self._cover(*former)
-                raise
-        heads.place(self.model, head)
+            heads.place(self.model, former_head)
+            raise
         # Inside autocast the next forward would read the casts of the weights that were there.
         torch.clear_autocast_cache()
 

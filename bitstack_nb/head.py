@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,7 @@ def part_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name.split(".")[0] for name in head_parameters(model)))
 
 
-def present(model: nn.Module, names: Sequence[str]) -> Head:
+def present(model: nn.Module, names: Iterable[str]) -> Head:
     """The head that is in an unwrapped model now: the same modules, not copies."""
     config = {name: getattr(model.config, name, None) for name in _LABELS if _configured(model)}
     if hasattr(model, "num_labels"):

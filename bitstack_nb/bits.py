@@ -1,4 +1,4 @@
-"""Masks of one bit per weight (pack, unpack, positions, count), and the bits of weights themselves.
+"""Masks of one bit per weight (pack, unpack, positions, count), and bit patterns of weights.
 
 Pure tensor functions, on the tensor's device. Bit order is little: weight ``i`` of the flattened
 mask is bit ``i % 8`` of byte ``i // 8``, as ``numpy.packbits(mask, bitorder="little")`` writes it.
@@ -43,21 +43,21 @@ def unpack(bits: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
             f"a mask of shape {tuple(shape)} is packed in {packed_size(shape)} bytes of uint8, "
             f"got {bits.dtype} of shape {tuple(bits.shape)}"
         )
-    if bits.device.type == "cpu":  # ten times as fast
+    if bits.device.type == "cpu":  # numpy is ten times as fast
         return torch.from_numpy(_unpacked(bits, shape)).view(tuple(shape))
     spread = bits.to(torch.int64).mul_(_REPEAT).bitwise_and_(_DIAGONAL)
     return spread.view(torch.uint8)[: prod(shape)].ne(0).view(tuple(shape))
 
 
 def positions(bits: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Where the set bits are: int64 positions in the flattened tensor of ``shape``, ascending."""
+    """Positions of the set bits in the flattened tensor of ``shape``: int64, ascending."""
     if bits.device.type != "cpu":
         return unpack(bits, shape).flatten().nonzero().flatten()
     return torch.from_numpy(numpy.flatnonzero(_unpacked(bits, shape)))
 
 
 def _unpacked(bits: torch.Tensor, shape: Sequence[int]) -> numpy.ndarray:
-    """The mask of bits on the CPU, flat: bool."""
+    """A packed mask on the CPU as a flat bool array."""
     return numpy.unpackbits(bits.numpy(), count=prod(shape), bitorder="little").view(bool)
 
 
@@ -67,7 +67,7 @@ def take(tensor: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 
 
 def put(tensor: torch.Tensor, where: torch.Tensor, values: torch.Tensor) -> None:
-    """Write into the weights at these positions of the flattened tensor."""
+    """Write values into the weights at these positions of the flattened tensor."""
     tensor, where = tensor.detach(), where.long()
     if tensor.is_contiguous():
         tensor.view(-1).scatter_(0, where, values)
@@ -93,6 +93,6 @@ def differing(one: torch.Tensor, other: torch.Tensor) -> int:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bits, its first 16 hexadecimal digits."""
+    """The first 16 hexadecimal digits of the SHA-256 of a tensor's bits."""
     plain = pattern(tensor.detach()).contiguous().cpu().numpy()
     return hashlib.sha256(plain).hexdigest()[:16]

@@ -7,9 +7,9 @@ The rules look at the model's structure only, so nothing here needs transformers
 - An *embedding* is an ``nn.Embedding``, or has "embed" in its name.
 - The *final norm* is a norm layer outside the stack of blocks (a ModuleList or Sequential).
 
-On GPT-2 they give the published exclusion ``score, wte, wpe, ln_f``.
+On GPT-2 the rules give the published exclusion ``score, wte, wpe, ln_f``.
 
-Names are canonical: without what ``torch.compile`` adds. A tied parameter goes by its first name.
+Names are canonical: parts that ``torch.compile`` adds are removed. A tied parameter has one name.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: see :func:`refuse_shards`.
-        TypeError: it is no module.
+        TypeError: ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {model!r}, expected a torch.nn.Module")
@@ -61,7 +61,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def refuse_shards(model: nn.Module) -> None:
-    """Raise a ValueError that names the engine whose shards a model's parameters are."""
+    """Raise a ValueError if a model's parameters are shards; it names the sharding engine."""
     if (engine := _sharding_engine(model)) is not None:
         raise ValueError(
             f"the parameters of {type(model).__name__} are shards of {engine}, and a stack locks "
@@ -71,7 +71,7 @@ def refuse_shards(model: nn.Module) -> None:
 
 
 def _sharding_engine(model: nn.Module) -> str | None:
-    # An engine that is not imported is not in the model, and importing these takes seconds.
+    # Importing an engine takes seconds. One that is not imported yet is not in the model.
     fsdp, tensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
     if fsdp and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
         return "FSDP1 (FullyShardedDataParallel)"
@@ -93,29 +93,31 @@ def eligible_parameters(model: nn.Module, exclude: Iterable[str] | None) -> dict
 
     Args:
         model: any module, already unwrapped.
-        exclude: strings; a parameter is left out if one of its names contains one of them.
-            ``None`` leaves out heads, embeddings and the final norm, by any of their names.
+        exclude: strings; a parameter is excluded if one of its names contains one of them.
+            ``None`` excludes heads, embeddings and the final norm, by any of their names.
     """
     names = _names(model)
     if exclude is None:
         automatic = _automatic_exclusion(model)
-        excluded = {p for p, own in names.items() if automatic.intersection(own)}
+        excluded = {p for p, aliases in names.items() if automatic.intersection(aliases)}
     else:
-        excluded = {p for p, own in names.items() if any(e in n for e in exclude for n in own)}
+        excluded = {
+            p for p, aliases in names.items() if any(e in n for e in exclude for n in aliases)
+        }
     logger.info("excluded from locking: %s", ", ".join(names[p][0] for p in names if p in excluded))
     return {
-        own[0]: parameter
-        for parameter, own in names.items()
+        aliases[0]: parameter
+        for parameter, aliases in names.items()
         if parameter not in excluded and parameter.requires_grad and parameter.is_floating_point()
     }
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The heads' parameters, by name. One that is tied to the backbone is the backbone's."""
+    """The heads' parameters, by name. A parameter tied to the backbone belongs to the backbone."""
     return {
-        own[0]: parameter
-        for parameter, own in _names(model).items()
-        if all(_is_head(model, name) for name in own)
+        names[0]: parameter
+        for parameter, names in _names(model).items()
+        if all(_is_head(model, name) for name in names)
     }
 
 
@@ -132,12 +134,12 @@ def trainable_heads(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Within the block, an unwrapped model's parameters with these names are trainable."""
-    names = set(names)
+    """Within the block, the parameters with these names are trainable (model unwrapped)."""
+    wanted = set(names)
     frozen = [
         parameter
-        for parameter, own in _names(model).items()
-        if own[0] in names and parameter.is_floating_point() and not parameter.requires_grad
+        for parameter, aliases in _names(model).items()
+        if aliases[0] in wanted and parameter.is_floating_point() and not parameter.requires_grad
     ]
     try:
         for parameter in frozen:
@@ -151,9 +153,9 @@ def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 def recall_parameters(
     model: nn.Module, exclude: Iterable[str] | None
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """What tasks may own, and what stays at the base: the eligible and all others but heads'.
+    """The backbone's parameters, by name: those that tasks may own weights of, and the fixed ones.
 
-    Heads are never eligible here, whatever ``exclude`` says: each task brings its own.
+    Heads are in neither, whatever ``exclude`` says, because each task has its own head.
     """
     heads = set(head_parameters(model).values())
     own = {n: p for n, p in eligible_parameters(model, exclude).items() if p not in heads}
@@ -167,7 +169,7 @@ def recall_parameters(
 
 
 def backbone_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Real-valued buffers that are saved with the model, but for the heads', by name."""
+    """The backbone's real-valued buffers that are saved with the model, by name."""
     kept = model.state_dict(keep_vars=True)
     return {
         canonical(name): buffer
@@ -177,7 +179,7 @@ def backbone_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Every parameter with its names: several if it is tied."""
+    """Every parameter with its names (several if it is tied)."""
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[parameter].append(canonical(name))
@@ -192,7 +194,7 @@ def _automatic_exclusion(model: nn.Module) -> set[str]:
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Embedding) or path in final_norms:
             prefix = f"{path}." if path else ""
-            excluded |= {canonical(prefix + own) for own, _ in module.named_parameters()}
+            excluded |= {canonical(prefix + name) for name, _ in module.named_parameters()}
     return excluded
 
 
@@ -232,5 +234,5 @@ def place(name: str) -> tuple[int | None, str]:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """All scalars of a model's parameters, tied ones once."""
+    """Number of a model's weights; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

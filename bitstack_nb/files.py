@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, written to a temporary name and renamed; digests."""
+"""Files that are written whole or not at all, by a temporary name and a rename; digests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in ``path``'s folder (made if missing) that then replaces ``path``.
 
-    When the body raises, ``path`` is left as it was and the temporary file is removed.
+    If the block raises, ``path`` is left as it was and the temporary file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files that only their owner can read; results are for sharing.
+        # mkstemp makes files that only their owner can read, but results are shared.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:

@@ -1,4 +1,4 @@
-"""Fitting a new task's head on the backbone as it is, before importance is measured."""
+"""Fitting a new task's head alone, with the backbone as it is, before the task trains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD_LEARNING_RATE = 5e-3
 
 
 def check_fitting(steps: int, learning_rate: float) -> None:
-    """Raise a ValueError that names a number of steps or a learning rate out of range."""
+    """Raise a ValueError if the number of steps or the learning rate is out of range."""
     if not isinstance(steps, Integral) or steps < 0:
         raise ValueError(f"head_steps is {steps!r}, expected a whole number, at least 0")
     if not isinstance(learning_rate, Real) or not 0 < learning_rate < float("inf"):
@@ -36,19 +36,18 @@ def fit_heads(
     steps: int,
     learning_rate: float,
 ) -> None:
-    """Take Adam steps on the heads alone, a batch each, round and round the batches.
+    """Train the heads alone: Adam steps, one batch a step, with the batches repeated in turn.
 
-    In evaluation mode (no dropout), without weight decay and autocast, and in float32 at least: in
-    float16 Adam's squares become zero, and it divides by them. Training flags, gradients and the
-    global random generators are left as found. Errors as in
+    Dropout, weight decay and autocast are off. Adam works in float32 at least: in float16 its
+    squared gradients become zero, and it divides by them. Training flags, gradients and the global
+    random generators are left as found. Errors are those of
     :func:`bitstack_nb.importance.measure`, and a ValueError if a head becomes NaN or infinite.
 
-    Several ranks start from rank 0's heads and step by the mean of their gradients, so the heads
-    stay equal.
+    Several ranks start from rank 0's heads and average their gradients, so the heads stay equal.
     """
     ranks.check_equal({"head_steps": steps, "head_learning_rate": learning_rate}, "settings")
     ranks.take_firsts({f"head parameter {i}": head for i, head in enumerate(heads)}, "heads")
-    # Of a head in float32 this is the head itself.
+    # A head in float32 is not copied here, so Adam changes the head itself.
     wide = [h.detach().to(torch.promote_types(h.dtype, torch.float32)) for h in heads]
     optimizer = torch.optim.Adam(wide, lr=learning_rate)
     device = heads[0].device
@@ -92,7 +91,7 @@ def fit_head(
     steps: int,
     learning_rate: float = HEAD_LEARNING_RATE,
 ) -> None:
-    """``fit_heads`` of the head in the model on a loader's first batches, one a step."""
+    """Fit the model's own head by ``fit_heads`` on a loader's first batches, one a step."""
     heads = trainable_heads(model)
     batches = first_batches(loader, steps, heads[0].device)
     fit_heads(model, heads, batches, steps=steps, learning_rate=learning_rate)
@@ -100,7 +99,7 @@ def fit_head(
 
 @contextmanager
 def put_back_on_error(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """When the body raises, the tensors get back the values they had before it."""
+    """If the block raises, give the tensors the values that they had before it."""
     before = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield

@@ -1,9 +1,9 @@
 """Importance of weights for a task, and the exact top k of it.
 
 ``measure`` adds up gradients over a task's batches; ``choose`` turns scores into the masks of the k
-largest. Scores are never concatenated, sorted or sampled: read as an integer, the bit pattern of a
-non-negative float32 sorts like the number itself. So two passes over 16-bit histograms (a radix
-select) find the k-th largest exactly, with one chunk and one histogram of extra memory.
+largest. Two passes over 16-bit histograms (a radix select) find the k-th largest score exactly: the
+bit pattern of a non-negative float32, read as an integer, sorts like the number. The extra memory
+is one chunk and one histogram; scores are not concatenated, sorted or sampled.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Importance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _CHUNK = 1 << 21
 _BUCKETS = 1 << 16
 
-# Each takes a parameter and its gradient for one batch, and gives what the batch adds to the score,
-# at least 0. "gradient" is the published choice. "gradient-weight" tells by how much the loss would
-# change without the weight, to first order. "fisher" is the diagonal of the empirical Fisher
+# Each function takes a parameter and its gradient for one batch, and gives the batch's part of the
+# score, at least 0. "gradient" is the published choice. "gradient-weight" is, to first order, the
+# change of the loss without the weight. "fisher" is the diagonal of the empirical Fisher
 # information, batch by batch.
 IMPORTANCE: dict[str, Importance] = {
     "gradient": lambda parameter, gradient: gradient.abs(),
@@ -45,15 +45,15 @@ def measure(
     n_batches: int,
     importance: str,
 ) -> dict[str, torch.Tensor]:
-    """Scores by parameter name: float32, the parameter's shape and device, non-negative.
+    """Importance by parameter name: float32, in the parameter's shape, at least 0.
 
     Runs up to ``n_batches`` batches forward and backward in evaluation mode (dropout off) without
     autocast. The model's training flags and gradients and the global random generators are left as
     found.
 
-    With several ranks each gives up to ``n_batches`` of its own, and the scores are summed over
-    all, with the same bits on every rank. One process that sees the same ``n`` batches adds them in
-    another order, so its scores differ by rounding: by less than ``n * 2^-23`` of themselves.
+    Each of several ranks runs up to ``n_batches`` batches of its own. Scores are summed over the
+    ranks, and every rank gets the same bits. One process that sees the same ``n`` batches adds them
+    in another order. Its scores differ by rounding, by less than ``n * 2^-23`` of themselves.
 
     Raises:
         ValueError: the loader is empty, a batch has no labels, no gradient arrives, or a score is
@@ -89,10 +89,10 @@ def measure(
 def random_scores(parameters: Mapping[str, torch.Tensor], *, seed: int) -> dict[str, torch.Tensor]:
     """Random scores in the form of :func:`measure`'s: uniform, above 0 and at most 1.
 
-    A seed gives the same scores on every device; the global random generators are left alone.
+    A seed gives the same scores on every device. The global random generators are not used.
     """
     generator = torch.Generator().manual_seed(seed)
-    plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
+    plain = {"dtype": torch.float32, "device": "cpu"}  # not the user's defaults
     least = torch.finfo(torch.float32).tiny
     return {
         name: torch.rand(p.shape, generator=generator, **plain).clamp_(min=least).to(p.device)
@@ -112,13 +112,13 @@ def choose(
 ) -> dict[str, torch.Tensor]:
     """Bool masks of the k largest scores over all tensors.
 
-    A score of zero is never taken: the weight did not matter for the task. So there may be fewer.
+    A score of zero is never chosen: its weight did not matter for the task. So there may be fewer.
 
     Args:
         scores: as :func:`measure` gives them.
-        k: how many.
+        k: how many scores to choose.
         without: bool masks of weights that may not be chosen, by name.
-        ties: take all scores equal to the k-th, else the first of them until there are k.
+        ties: whether to choose all scores equal to the k-th, or only the first ones, up to k.
     """
     if without is not None:
         scores = {name: score.masked_fill(without[name], 0) for name, score in scores.items()}
@@ -186,7 +186,7 @@ def _patterns(scores: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _descend(counts: torch.Tensor, k: int) -> tuple[int, int]:
-    """The bucket that holds the k-th largest, and its rank among that bucket's scores."""
+    """The bucket that holds the k-th largest score, and the score's rank within that bucket."""
     from_top = counts.flip(0).cumsum(0)
     position = int((from_top < k).sum())
     above = int(from_top[position - 1]) if position else 0
@@ -198,10 +198,10 @@ def random_positions(
 ) -> list[torch.Tensor]:
     """Positions in each parameter of ``count`` weights chosen at random, all equally likely.
 
-    They are those with the largest of :func:`random_scores`, of which only candidates are kept. A
-    seed gives the same on every device.
+    Their :func:`random_scores` are the largest. To save memory, only scores above a limit are kept.
+    A seed gives the same positions on every device.
     """
-    # Nearly surely at least count of all scores, which are uniform up to 1, are beyond this limit.
+    # Scores are uniform up to 1, so nearly surely at least count of them are above this limit.
     limit = 1 - (count + 10 * count**0.5 + 100) / sum(p.numel() for p in parameters.values())
     scores, where = _scores_from(max(limit, 0), parameters, seed=seed)
     if sum(map(len, where.values())) < count:
@@ -228,7 +228,7 @@ def _scores_from(
 
 
 def check_batches(loader: Iterable[Mapping[str, Any]], n_batches: int) -> None:
-    """Raise a ValueError or TypeError that names what is no loader or no number of batches."""
+    """Check a loader and a number of batches: a ValueError or TypeError names the fault."""
     if not isinstance(n_batches, Integral) or n_batches < 1:
         raise ValueError(f"n_batches is {n_batches!r}, expected a whole number, at least 1")
     if not isinstance(loader, Iterable):
@@ -236,14 +236,14 @@ def check_batches(loader: Iterable[Mapping[str, Any]], n_batches: int) -> None:
 
 
 def check_seen(seen: int) -> None:
-    """Raise a ValueError where a loader gave no batch."""
+    """Raise a ValueError if a loader gave no batch."""
     if not seen:
         raise ValueError("the loader gave no batch: it is empty or already used up")
 
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, gradients on, autocast off; training flags and global RNGs come back."""
+    """Evaluation mode, gradients on, autocast off; restores training flags and global RNGs."""
     training = {module: module.training for module in model.modules()}
     # A Trainer in half precision leaves accelerate's autocast wrapper on the instance's forward.
     wrapped = "_original_forward" in vars(model) and "_hf_hook" not in vars(model)
@@ -264,7 +264,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def batch_loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> torch.Tensor:
-    """The model's loss on a batch, without keys it does not take; errors as in :func:`measure`."""
+    """The loss on a batch; drops keys that forward does not take; raises as :func:`measure`."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"a batch is a {type(batch).__name__}, expected a mapping such as "

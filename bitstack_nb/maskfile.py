@@ -1,14 +1,14 @@
 """The file of ``BitStack``: safetensors with all masks in one packed tensor.
 
-Tensors: ``masks`` (uint8, each parameter's packed bits, one parameter after the other, each from a
-whole byte on), ``values.<dtype>`` (the locked values of the parameters of that dtype, in the same
-order), ``selected`` and ``added`` (int32, tasks x parameters). Metadata: format, version, bit
-order, whether values are there, settings, and the parameters' names, shapes and dtypes as JSON. One
-tensor for all masks keeps the header small: beside the values a file takes one bit per eligible
-weight.
+- ``masks`` (uint8): the parameters' packed masks, one after the other, each from a whole byte on.
+- ``values.<dtype>``: the locked values of the parameters of that dtype, in the same order.
+- ``selected`` and ``added`` (int32, tasks x parameters): how many weights a task chose and added.
+- Metadata: format, version, bit order, whether there are values, settings, a digest, and the
+  parameters' names, shapes and dtypes as JSON.
 
-A digest of all that is in the metadata: without it a flipped bit of a locked value would pass for
-the value. ``taskfile`` writes and reads the file of ``ExactRecall`` with the same functions.
+One tensor for all masks keeps the header small: beside the values a file takes one bit per eligible
+weight. The digest is of all content. Without it a flipped bit in a locked value would not be found.
+``taskfile`` writes and reads the file of ``ExactRecall`` with the same functions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bitstack_nb.files import replacing
 
 FORMAT, VERSION, BIT_ORDER = "bitstack-masks", "4", "little"
 
-# What a damaged file can raise where its content is used.
+# Errors that a damaged file can raise when its content is used.
 DAMAGE = (
     ArithmeticError,
     AttributeError,
@@ -73,7 +73,7 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any], *, values: boo
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read and check a file; the counterpart of :func:`write` (``values`` is None if left out).
+    """Read and check a file that :func:`write` wrote; ``values`` is None if it has none.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -119,7 +119,7 @@ def _state(metadata: Mapping[str, str], tensors: Tensors) -> dict[str, Any]:
 
 
 def _check_mask(name: str, packed: torch.Tensor, shape: list[int], tasks: list[list[int]]) -> None:
-    """Raise a ValueError unless a mask and what tasks selected and added agree."""
+    """Raise a ValueError unless a mask fits its shape and the counts of the tasks."""
     if not torch.equal(bits.pack(bits.unpack(packed, shape)), packed):
         raise ValueError(f"the mask of {name} has bits beyond its end")
     possible = all(0 <= added <= selected <= prod(shape) for selected, added in tasks)
@@ -128,7 +128,7 @@ def _check_mask(name: str, packed: torch.Tensor, shape: list[int], tasks: list[l
 
 
 def _values(packed: Tensors, parameters: Mapping[str, Any], tensors: Tensors) -> Tensors:
-    """The locked values by parameter, from those by dtype."""
+    """The locked values of each parameter, split from the tensor of its dtype."""
     values = {}
     for dtype, names in _by_dtype(parameters).items():
         stored = tensors[f"values.{dtype}"]
@@ -140,7 +140,7 @@ def _values(packed: Tensors, parameters: Mapping[str, Any], tensors: Tensors) ->
 
 
 def _by_dtype(parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The names of the parameters of each dtype, as ``float32``."""
+    """The parameters' names by dtype, such as ``float32``."""
     names: dict[str, list[str]] = {}
     for name, parameter in parameters.items():
         names.setdefault(parameter["dtype"].removeprefix("torch."), []).append(name)
@@ -153,7 +153,7 @@ def check_match(
     """Raise a MaskFileError that names every difference between a state and a model."""
     faults = [f"{name} is not an eligible parameter of it" for name in stored.keys() - parameters]
     faults += [
-        f"{name} of the model has no mask (if it was frozen then, freeze it first)"
+        f"{name} of the model has no mask (if it was frozen when they were saved, freeze it first)"
         for name in parameters.keys() - stored.keys()
     ]
     for name in stored.keys() & parameters.keys():
@@ -170,7 +170,7 @@ def check_match(
 
 
 def digest(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> str:
-    """SHA-256 of tensors and what can be written as JSON, in hexadecimal."""
+    """SHA-256 of tensors and of ``about`` (written as JSON), in hexadecimal."""
     found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for key, tensor in sorted(tensors.items()):
         found.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())

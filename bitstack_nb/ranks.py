@@ -1,8 +1,8 @@
-"""Data-parallel training: what several processes add up, and what they must agree on.
+"""Data-parallel training: sums over processes (ranks), and checks that the ranks agree.
 
 Ranks are those of torch.distributed's default process group, which torchrun, ``accelerate launch``
-or the user makes. Without one, or in one of a single process, nothing here changes a bit. With more
-ranks every function is collective: all ranks call it, or the others wait.
+or the user makes. Without a group, or with one rank, no function changes a bit. With more ranks
+every function is collective: it waits until all ranks call it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def count() -> int:
 def agreed() -> Iterator[None]:
     """Turn an exception in the block on one rank into one on all ranks, so that none waits.
 
-    The rank that failed raises its own, the others a RankError that names the rank and the cause.
-    The block itself must do nothing collective.
+    The rank that failed raises its own exception. The others raise a RankError that names the rank
+    and the cause. The block must not call collective functions.
     """
     if count() == 1:
         yield
@@ -66,7 +66,7 @@ def agreed() -> Iterator[None]:
 
 
 def check_same(tensors: Mapping[str, torch.Tensor], what: str) -> None:
-    """Raise a RankError on every rank unless all have these names with the same bits."""
+    """Raise a RankError on every rank unless all have tensors of these names and bits."""
     if count() > 1:
         check_equal(
             {n: (tuple(t.shape), str(t.dtype), digest(t)) for n, t in tensors.items()}, what
@@ -99,8 +99,8 @@ def take_firsts(tensors: Mapping[str, torch.Tensor], what: str) -> None:
 def add_up(scores: Mapping[str, torch.Tensor]) -> None:
     """Replace each tensor by its sum over the ranks, with the same bits on all of them.
 
-    Added in float64, rounded once on rank 0 and sent from there: a backend may give every rank
-    another sum.
+    Rank 0 gets the sum in float64, rounds it once and sends it to all. Without that, a backend may
+    give every rank another sum.
     """
     if count() > 1:
         for score in scores.values():
@@ -115,7 +115,7 @@ def averaged(
 
     Args:
         gradients: None counts as zeros if there are several ranks.
-        like: the tensors that they are the gradients of.
+        like: the tensors of these gradients, in the same order.
     """
     if count() == 1:
         return list(gradients)

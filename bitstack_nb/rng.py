@@ -1,4 +1,4 @@
-"""The global random generators, left as found."""
+"""A block after which the global random generators are as before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def undisturbed_rng(device: torch.device) -> Iterator[None]:
-    """Give back the states of torch (the CPU's and ``device``'s), numpy and random at the end."""
+    """Restore at the end the states of torch (CPU and ``device``), numpy and random."""
     python, legacy = random.getstate(), numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

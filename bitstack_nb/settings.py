@@ -1,4 +1,4 @@
-"""What the method can be asked for, and the errors for what it cannot. Loads no torch."""
+"""The settings of both methods, and a check of them. This module loads no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numbers import Real
 
 BUDGETS = ("union", "fresh")
 IMPORTANCES = ("gradient", "gradient-weight", "fisher")
-RANDOM = "random"  # importance of exact recall only: protecting random weights is a control
+RANDOM = "random"  # for exact recall; locking random weights is the method random mask
 
 
 def check_settings(
@@ -18,7 +18,7 @@ def check_settings(
     importance: str = "gradient",
     importances: Sequence[str] = IMPORTANCES,
 ) -> None:
-    """Raise a ValueError that names a setting out of range, and what it may be."""
+    """Raise a ValueError that names a setting out of range, and its possible values."""
     if not isinstance(sparsity, Real) or not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity is {sparsity!r}, expected a share from 0 to 1, as 0.12")
     if isinstance(exclude, str):

@@ -25,7 +25,7 @@ class GuardCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Attach to the optimizer that this training steps.
+        """Attach the guard to the Trainer's optimizer.
 
         Raises:
             ValueError: the Trainer trains another model than the guarded one.
@@ -42,7 +42,7 @@ class GuardCallback(TrainerCallback):
         """Check that no locked weight moved.
 
         Raises:
-            LockedWeightsMoved: something changed the weights past the optimizer.
+            LockedWeightsMoved: something other than the optimizer changed a locked weight.
         """
         self._guard.verify()
 
@@ -50,7 +50,7 @@ class GuardCallback(TrainerCallback):
 class ExactRecallCallback(TrainerCallback):
     """Lets a Trainer train the open task's own weights and head, and nothing else.
 
-    The Trainer makes its optimizer from what takes gradients, which is these alone.
+    The Trainer makes its optimizer from trainable parameters, and no others are trainable.
     """
 
     def __init__(self, tasks: ExactRecall) -> None:
@@ -66,7 +66,7 @@ class ExactRecallCallback(TrainerCallback):
         """Let the own weights take gradients from now on.
 
         Raises:
-            RuntimeError: no task is open, or the optimizer was made before the open one.
+            RuntimeError: no task is open, or the optimizer was made before the task began.
         """
         own, _ = self._tasks.parameters()
         held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}

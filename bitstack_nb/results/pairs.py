@@ -184,6 +184,6 @@ def verdict(
     return Verdict(
         better,
         settled,
-        f"{column.replace('_', ' ')}, {row['strategy']} minus {baseline}: {number} points over "
-        f"{pairs} paired seed{'s' if pairs > 1 else ''} ({certainty})",
+        f"{column.replace('_', ' ')} {number} points over {pairs} paired "
+        f"seed{'s' if pairs > 1 else ''} ({certainty})",
     )

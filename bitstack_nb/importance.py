@@ -224,7 +224,7 @@ def _scores_from(
     return scores, where
 
 
-# What measuring needs -------------------------------------------------------------------------
+# Helpers of measure ---------------------------------------------------------------------------
 
 
 def check_batches(loader: Iterable[Mapping[str, Any]], n_batches: int) -> None:

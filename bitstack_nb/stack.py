@@ -203,7 +203,7 @@ class BitStack:
         """How often each gradient hook was called."""
         return self._guard.hook_calls
 
-    # What is locked -----------------------------------------------------------------------------
+    # Masks and tables ----------------------------------------------------------------------------
 
     @property
     def masks(self) -> Mapping[str, torch.Tensor]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -34,6 +33,18 @@ def guarded(model: nn.Module) -> bool:
     return any(guard.handles for guard in _guards.get(model, ()))
 
 
+class OptimizerHooks(NamedTuple):
+    """The hooks of a guard on one optimizer."""
+
+    before: RemovableHandle
+    after: RemovableHandle
+
+    def remove(self) -> None:
+        """Take both off the optimizer."""
+        self.before.remove()
+        self.after.remove()
+
+
 class Guard:
     """Hooks on the parameters with locked weights, and on the optimizers that step them.
 
@@ -47,7 +58,7 @@ class Guard:
 
     def __init__(self, model: nn.Module, locks: Locks) -> None:
         self._model, self._locks = model, locks
-        self._attached: WeakKeyDictionary[torch.optim.Optimizer, tuple[RemovableHandle, ...]]
+        self._attached: WeakKeyDictionary[torch.optim.Optimizer, OptimizerHooks]
         self._attached = WeakKeyDictionary()
         self.handles: dict[str, RemovableHandle] = {}
         self.hook_calls: dict[str, int] = {}
@@ -82,13 +93,13 @@ class Guard:
 
     # After the step: put back -------------------------------------------------------------------
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+    def attach(self, optimizer: torch.optim.Optimizer) -> OptimizerHooks:
         """Hook an optimizer; ``BitStack.attach`` documents it."""
         while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = optimizer.optimizer  # accelerate wraps the one that steps
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer")
-        self.check_still_the_models()
+        self.check_parameters_present()
         if _held_by(optimizer).isdisjoint(id(p) for p in self._locks.parameters.values()):
             raise ValueError(
                 f"this {type(optimizer).__name__} holds none of the stack's parameters: build it "
@@ -96,14 +107,15 @@ class Guard:
                 "other parameters, and not supported)"
             )
         self.add_gradient_hooks()
-        for handle in self._attached.pop(optimizer, ()):
-            handle.remove()
+        if optimizer in self._attached:
+            self._attached[optimizer].remove()
         # A compiled step must not trace these, or the values put back would become constants.
         zero, put_back = map(torch.compiler.disable, (self._locks.zero_waiting, self._put_back))
-        before = optimizer.register_step_pre_hook(lambda *_: zero())
-        after = optimizer.register_step_post_hook(lambda stepped, *_: put_back(stepped))
-        self._attached[optimizer] = before, after
-        return after
+        self._attached[optimizer] = OptimizerHooks(
+            optimizer.register_step_pre_hook(lambda *_: zero()),
+            optimizer.register_step_post_hook(lambda stepped, *_: put_back(stepped)),
+        )
+        return self._attached[optimizer]
 
     def _put_back(self, stepped: torch.optim.Optimizer) -> None:
         # Other optimizers' weights stay: a backward pass that still runs may need them.
@@ -111,8 +123,8 @@ class Guard:
 
     def detach(self) -> None:
         """Remove every gradient and optimizer hook."""
-        for handle in (*self.handles.values(), *chain(*self._attached.values())):
-            handle.remove()
+        for hooks in (*self.handles.values(), *self._attached.values()):
+            hooks.remove()
         self.handles.clear()
         self._attached.clear()
 
@@ -120,7 +132,7 @@ class Guard:
 
     def verify(self) -> None:
         """Raise LockedWeightsMoved if a locked weight moved, and say how many and where."""
-        self.check_still_the_models()
+        self.check_parameters_present()
         moved = self._locks.moved()
         if moved:
             where = ", ".join(f"{name} ({number:,})" for name, number in moved.items())
@@ -129,7 +141,7 @@ class Guard:
                 "Call attach(optimizer) before training, or restore() to put them back"
             )
 
-    def check_still_the_models(self) -> None:
+    def check_parameters_present(self) -> None:
         """Raise a RuntimeError if the model no longer holds one of the guarded parameters."""
         refuse_shards(self._model)
         present = {id(p) for p in self._model.parameters()}

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from bitstack_nb import eligible, maskfile, ranks
-from bitstack_nb.guard import Guard
+from bitstack_nb.guard import Guard, OptimizerHooks
 from bitstack_nb.importance import choose, measure
 from bitstack_nb.locks import Locks, Masks
 from bitstack_nb.settings import check_settings
@@ -117,7 +117,7 @@ class BitStack:
 
         It is float32 by parameter name, in the parameter's shape. Errors are those of ``update``.
         """
-        self._guard.check_still_the_models()
+        self._guard.check_parameters_present()
         with self._guard.lifted():
             model, parameters = self._model, self._locks.parameters
             how = self.settings["importance"]
@@ -152,7 +152,7 @@ class BitStack:
 
     # The guarantee ------------------------------------------------------------------------------
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+    def attach(self, optimizer: torch.optim.Optimizer) -> OptimizerHooks:
         """Hook an optimizer: after each step its locked weights get their values back.
 
         It also adds missing gradient hooks. A second call for an optimizer changes nothing.
@@ -178,7 +178,7 @@ class BitStack:
 
     def restore(self) -> None:
         """Put every locked weight back to the value it was locked with."""
-        self._guard.check_still_the_models()
+        self._guard.check_parameters_present()
         self._locks.restore()
 
     def verify(self) -> int:

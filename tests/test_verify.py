@@ -148,6 +148,7 @@ class Attaching(LockedCase):
             self.assertEqual(stack.hook_calls[name] - calls.get(name, 0), 2)
         handle.remove()
         self.assertFalse(optimizer._optimizer_step_post_hooks)
+        self.assertFalse(optimizer._optimizer_step_pre_hooks)
         self.assertTrue(self.moves(model, optimizer, stack))
 
     def test_an_optimizer_of_something_else(self):

@@ -201,26 +201,34 @@ def random_positions(
     Their :func:`random_scores` are the largest. To save memory, only scores above a limit are kept.
     A seed gives the same positions on every device.
     """
+    total, spread = sum(p.numel() for p in parameters.values()), 10 * count**0.5 + 100
     # Scores are uniform up to 1, so nearly surely at least count of them are above this limit.
-    limit = 1 - (count + 10 * count**0.5 + 100) / sum(p.numel() for p in parameters.values())
-    scores, where = _scores_from(max(limit, 0), parameters, seed=seed)
+    limit = max(0, 1 - (count + spread) / total)
+    scores, where = _scores_from(limit, parameters, seed=seed, room=count + 2 * spread)
     if sum(map(len, where.values())) < count:
-        scores, where = _scores_from(0, parameters, seed=seed)
+        scores, where = _scores_from(0, parameters, seed=seed, room=total)
     chosen = choose(scores, count, ties=False)
     return [positions[chosen[name]] for name, positions in where.items()]
 
 
 def _scores_from(
-    limit: float, parameters: Mapping[str, torch.Tensor], *, seed: int
+    limit: float, parameters: Mapping[str, torch.Tensor], *, seed: int, room: float
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The random scores of each parameter that are at least ``limit``, and their positions."""
+    """The random scores of each parameter that are at least ``limit``, and their positions.
+
+    At most ``room`` of them, in two tensors: many small ones would leave holes in memory.
+    """
     generator = torch.Generator().manual_seed(seed)
-    scores, where = {}, {}
+    scores, where, end = {}, {}, 0
+    every_score = torch.empty(int(room), dtype=torch.float32, device="cpu")
+    every_position = torch.empty(int(room), dtype=torch.int32, device="cpu")
     for name, p in parameters.items():
-        every = torch.rand(p.shape, generator=generator, dtype=torch.float32, device="cpu")
-        every = every.clamp_(min=torch.finfo(torch.float32).tiny).flatten()
-        where[name] = (every >= limit).nonzero().flatten().int()
-        scores[name] = every[where[name]]
+        drawn = torch.rand(p.shape, generator=generator, dtype=torch.float32, device="cpu")
+        drawn = drawn.clamp_(min=torch.finfo(torch.float32).tiny).flatten()
+        at = (drawn >= limit).nonzero().flatten()[: int(room) - end]
+        start, end = end, end + len(at)
+        where[name] = every_position[start:end].copy_(at)
+        scores[name] = torch.index_select(drawn, 0, at, out=every_score[start:end])
     return scores, where
 
 

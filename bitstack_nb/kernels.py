@@ -115,7 +115,8 @@ class _Group:
         each = [triton.cdiv(size, BLOCK) for size in self._sizes.values()]
         self._starts = [0, *accumulate(each)]
         self._sent: dict[str, tuple[list[int], torch.Tensor]] = {}
-        number = torch.arange(len(each)).repeat_interleave(torch.tensor(each)).to(first.device)
+        every = torch.arange(len(each), device="cpu")  # whatever the user's default device is
+        number = every.repeat_interleave(torch.tensor(each, device="cpu")).to(first.device)
         self._blocks = torch.stack([number, torch.zeros_like(number)], 1).int()
         counts = torch.zeros(len(number), dtype=torch.int32, device=first.device)
         self._launch(count_kernel, parameters, counts)
@@ -177,7 +178,7 @@ class _Group:
             ]
         sent, table = self._sent.get(user, (None, None))
         if rows != sent:
-            pinned = torch.tensor(rows, pin_memory=self._device.type == "cuda")
+            pinned = torch.tensor(rows, device="cpu", pin_memory=self._device.type == "cuda")
             table = pinned.to(self._device, non_blocking=True)  # nothing waits for it
             self._sent[user] = rows, table
         return table
@@ -252,7 +253,7 @@ class Fused:
 def work_on(device: torch.device) -> bool:
     """Whether the kernels run on a device: tried once, for there may be no C compiler."""
     try:
-        weights = nn.Parameter(torch.arange(9.0, device=device))
+        weights = nn.Parameter(torch.arange(9, dtype=torch.float32, device=device))
         packed = {"": bits.pack(weights > 4)}
         with torch.no_grad():
             group = _Group({"": weights}, packed, {})

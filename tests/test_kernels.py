@@ -14,6 +14,7 @@ GUARANTEE = [
     "test_guarantee.Regimes.test_autocast_with_a_scaler",
     "test_guarantee.Regimes.test_gradient_checkpointing",
     "test_guarantee.Optimizers.test_lbfgs_closure",
+    "test_maskfile.RoundTrip.test_other_defaults",
     "test_guarantee.Optimizers.test_low_and_double_precision",
     "test_guarantee.Optimizers.test_an_optimizer_per_parameter_that_steps_in_backward",
     "test_guarantee.Optimizers.test_steps_while_a_backward_pass_still_needs_the_other_weights",

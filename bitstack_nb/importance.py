@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from numbers import Integral
 from typing import Any
 
@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from bitstack_nb import ranks
+from bitstack_nb.gpu import kernels_on
 from bitstack_nb.rng import undisturbed_rng
 
 Importance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-_CHUNK = 1 << 21
+_CHUNK = 1 << 19
 _BUCKETS = 1 << 16
 
 # Each function takes a parameter and its gradient for one batch, and gives the batch's part of the
@@ -147,11 +148,10 @@ def kth_largest(scores: Sequence[torch.Tensor], k: int) -> torch.Tensor:
     for score in scores:
         if score.dtype != torch.float32:
             raise TypeError(f"scores must be float32, got {score.dtype}")
-    high, rank = _descend(_histogram(scores, lambda pattern: pattern >> 16), k)
-    low, _ = _descend(
-        _histogram(scores, lambda pattern: pattern[pattern >> 16 == high] & 0xFFFF), rank
-    )
-    return torch.tensor((high << 16) | low, dtype=torch.int32, device="cpu").view(torch.float32)
+    high, rank = _descend(_histogram(scores), k)
+    low, _ = _descend(_histogram(scores, high), rank)
+    pattern = (high << 16) | low
+    return pattern.to("cpu", torch.int32).view(torch.float32)  # waits for a GPU, the only time
 
 
 def _drop_last_ties(
@@ -169,28 +169,37 @@ def _drop_last_ties(
         surplus -= len(tied)
 
 
-def _histogram(
-    scores: Sequence[torch.Tensor], digit: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    counts = torch.zeros(_BUCKETS, dtype=torch.int64, device="cpu")
-    for pattern in _patterns(scores):
-        counts += torch.bincount(digit(pattern), minlength=_BUCKETS).cpu()
+def _histogram(scores: Sequence[torch.Tensor], high: torch.Tensor | None = None) -> torch.Tensor:
+    """How many scores have each value of the upper 16 bits.
+
+    With ``high`` how many of those whose upper bits it is have each value of the lower 16.
+    """
+    scores = [score.detach().reshape(-1) for score in scores if score.numel()]
+    counts = torch.zeros(_BUCKETS, dtype=torch.int64, device=scores[0].device)
+    for device in {score.device for score in scores}:
+        there = [score for score in scores if score.device == device]
+        kernels = kernels_on(device)
+        counting = kernels.histogram if kernels else _counted
+        counts += counting(there, None if high is None else high.to(device)).to(counts.device)
     return counts
 
 
-def _patterns(scores: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    for score in scores:
-        for chunk in score.detach().reshape(-1).split(_CHUNK):
-            if chunk.numel():
-                yield chunk.view(torch.int32)
+def _counted(scores: Sequence[torch.Tensor], high: torch.Tensor | None) -> torch.Tensor:
+    counts = torch.zeros(_BUCKETS, dtype=torch.int64, device=scores[0].device)
+    for chunk in chain.from_iterable(score.split(_CHUNK) for score in scores):
+        pattern = chunk.view(torch.int32)
+        upper = pattern >> 16
+        digit = upper if high is None else pattern & 0xFFFF
+        counted = torch.ones_like(upper) if high is None else upper == high
+        counts.scatter_add_(0, digit.long(), counted.long())
+    return counts
 
 
-def _descend(counts: torch.Tensor, k: int) -> tuple[int, int]:
+def _descend(counts: torch.Tensor, k: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The bucket that holds the k-th largest score, and the score's rank within that bucket."""
-    from_top = counts.flip(0).cumsum(0)
-    position = int((from_top < k).sum())
-    above = int(from_top[position - 1]) if position else 0
-    return len(counts) - 1 - position, k - above
+    from_top = counts.flip(0)
+    above = from_top.cumsum(0) < k  # buckets of larger scores only
+    return len(counts) - 1 - above.sum(), k - (from_top * above).sum()
 
 
 def random_positions(

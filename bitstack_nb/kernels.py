@@ -16,7 +16,7 @@ run them on a CPU, in Triton's interpreter (``TRITON_INTERPRET=1``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from itertools import accumulate
@@ -96,11 +96,86 @@ def compare_kernel(rows, blocks, counts, kind: tl.constexpr, block: tl.constexpr
     tl.atomic_add(counts + tensor, tl.sum(differ.to(tl.int32)))
 
 
+@triton.jit
+def histogram_kernel(rows, blocks, counts, upper, low: tl.constexpr, block: tl.constexpr):
+    """Count scores by their upper 16 bits, or those with these upper bits by their lower 16.
+
+    Zeros are left out: they are many, and would wait for one another at one counter.
+    """
+    program = tl.program_id(0)
+    row = rows + 5 * tl.load(blocks + 2 * program)
+    where = (program - tl.load(row + 4)) * block + tl.arange(0, block)
+    scores = tl.load(row).to(tl.pointer_type(tl.int32)) + where
+    pattern = tl.load(scores, mask=where < tl.load(row + 3), other=0)
+    counted = pattern != 0
+    digit = pattern >> 16
+    if low:
+        counted = counted & (digit == tl.load(upper))
+        digit = pattern & 0xFFFF
+    tl.atomic_add(counts + digit, 1, mask=counted, sem="relaxed")
+
+
 # Their tables -----------------------------------------------------------------------------------
 
 
-class _Group:
-    """The tables for parameters of one device and dtype."""
+class _Tables:
+    """The tables for some tensors of one device, in the order of their names."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._device = next(iter(tensors.values())).device
+        self._sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+        self._packed: Mapping[str, torch.Tensor] = {}
+        self._values: Mapping[str, torch.Tensor] = {}
+        each = [triton.cdiv(size, BLOCK) for size in self._sizes.values()]
+        self._starts = [0, *accumulate(each)]
+        numbers = [row for row, count in enumerate(each) for _ in range(count)]
+        self._tensor = _sent(numbers, self._device)
+        self._blocks = torch.stack([self._tensor, torch.zeros_like(self._tensor)], 1).int()
+        self._known: dict[str, tuple[list[int], torch.Tensor]] = {}
+
+    def launch(
+        self, kernel: Any, tensors: Mapping[str, torch.Tensor], *arguments: Any, **constants: Any
+    ) -> None:
+        """Launch a kernel on those of the tensors that are given."""
+        there = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        with there:
+            tables = self._rows(kernel.__name__, tensors), self._blocks
+            grid = (len(self._blocks),)
+            kernel[grid](*tables, *arguments, **constants, block=BLOCK, num_warps=WARPS)
+
+    def _rows(self, user: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The rows on the device; sent only if an address changed since the user's last launch."""
+        rows: list[int] = []
+        for (name, size), start in zip(self._sizes.items(), self._starts, strict=False):
+            tensor = tensors.get(name)
+            rows += [
+                _address(tensor),
+                _address(self._packed.get(name)),
+                _address(self._values.get(name)),
+                0 if tensor is None else size,
+                start,
+            ]
+        known, table = self._known.get(user, (None, None))
+        if rows != known:
+            table = _sent(rows, self._device)
+            self._known[user] = rows, table
+        return table
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _sent(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """Numbers on a device, without waiting for it; whatever the user's default device is."""
+    pinned = torch.tensor(
+        numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
+    )
+    return pinned.to(device, non_blocking=True)
+
+
+class _Group(_Tables):
+    """Parameters of one device and dtype, their packed masks and values."""
 
     def __init__(
         self,
@@ -108,21 +183,15 @@ class _Group:
         packed: Mapping[str, torch.Tensor],
         values: Mapping[str, torch.Tensor],
     ) -> None:
-        first = next(iter(parameters.values()))
-        self._device, self._dtype = first.device, first.dtype
-        self._packed, self._values = {n: packed[n] for n in parameters}, dict(values)
-        self._sizes = {name: p.numel() for name, p in parameters.items()}
-        each = [triton.cdiv(size, BLOCK) for size in self._sizes.values()]
-        self._starts = [0, *accumulate(each)]
-        self._sent: dict[str, tuple[list[int], torch.Tensor]] = {}
-        every = torch.arange(len(each), device="cpu")  # whatever the user's default device is
-        number = every.repeat_interleave(torch.tensor(each, device="cpu")).to(first.device)
-        self._blocks = torch.stack([number, torch.zeros_like(number)], 1).int()
-        counts = torch.zeros(len(number), dtype=torch.int32, device=first.device)
-        self._launch(count_kernel, parameters, counts)
+        super().__init__(parameters)
+        self._dtype = next(iter(parameters.values())).dtype
+        self._kind = _INTEGERS[self._dtype.itemsize]
+        self._packed, self._values = dict(packed), dict(values)
+        counts = torch.zeros(len(self._blocks), dtype=torch.int32, device=self._device)
+        self.launch(count_kernel, parameters, counts)
         upto = torch.cat([counts.new_zeros(1), counts]).cumsum(0)
-        starts = torch.tensor(self._starts, device=first.device)
-        self._blocks[:, 1] = upto[:-1] - upto[starts[number]]
+        starts = _sent(self._starts, self._device)
+        self._blocks[:, 1] = upto[:-1] - upto[starts[self._tensor]]
         self._locked = upto[starts].diff()
 
     def fitting(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -136,52 +205,24 @@ class _Group:
         }
 
     def zero(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._launch(zero_kernel, tensors, kind=_INTEGERS[self._dtype.itemsize])
+        self.launch(zero_kernel, tensors, kind=self._kind)
 
     def put(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._launch(put_kernel, tensors, kind=_INTEGERS[self._dtype.itemsize])
+        self.launch(put_kernel, tensors, kind=self._kind)
 
     def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         self._values = {
             name: torch.empty(size, dtype=self._dtype, device=self._device)
             for name, size in zip(self._sizes, self._locked.tolist(), strict=True)
         }
-        self._launch(take_kernel, tensors, kind=_INTEGERS[self._dtype.itemsize])
+        self.launch(take_kernel, tensors, kind=self._kind)
         return self._values
 
     def compare(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         counts = torch.zeros(len(self._sizes), dtype=torch.int32, device=self._device)
-        self._launch(compare_kernel, tensors, counts, kind=_INTEGERS[self._dtype.itemsize])
+        self.launch(compare_kernel, tensors, counts, kind=self._kind)
         everywhere = zip(self._sizes, counts.tolist(), strict=True)
         return {name: count for name, count in everywhere if name in tensors}
-
-    def _launch(
-        self, kernel: Any, tensors: Mapping[str, torch.Tensor], *arguments: Any, **constants: Any
-    ) -> None:
-        there = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
-        with there:
-            tables = self._rows(kernel.__name__, tensors), self._blocks
-            grid = (len(self._blocks),)
-            kernel[grid](*tables, *arguments, **constants, block=BLOCK, num_warps=WARPS)
-
-    def _rows(self, user: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The rows on the device; sent only if an address changed since the user's last launch."""
-        rows: list[int] = []
-        for (name, size), start in zip(self._sizes.items(), self._starts, strict=False):
-            tensor, values = tensors.get(name), self._values.get(name)
-            rows += [
-                0 if tensor is None else tensor.data_ptr(),
-                self._packed[name].data_ptr(),
-                0 if values is None else values.data_ptr(),
-                0 if tensor is None else size,
-                start,
-            ]
-        sent, table = self._sent.get(user, (None, None))
-        if rows != sent:
-            pinned = torch.tensor(rows, device="cpu", pin_memory=self._device.type == "cuda")
-            table = pinned.to(self._device, non_blocking=True)  # nothing waits for it
-            self._sent[user] = rows, table
-        return table
 
 
 class Fused:
@@ -244,6 +285,26 @@ class Fused:
             return []
         shares = [(group, group.fitting(tensors)) for group in self._groups]
         return [(group, mine) for group, mine in shares if mine]
+
+
+def histogram(scores: Sequence[torch.Tensor], upper: torch.Tensor | None) -> torch.Tensor:
+    """How many scores have each value of their upper 16 bits: int64 ``[65536]``.
+
+    With ``upper`` how many of those whose upper bits it is have each value of the lower 16. All
+    other scores count as 0 then, the last bucket from the top, where they change no rank.
+
+    Args:
+        scores: flat float32 tensors of one device, at least 0 and not empty.
+        upper: an integer on that device.
+    """
+    tensors = {str(i): score for i, score in enumerate(scores)}
+    counts = torch.zeros(1 << 16, dtype=torch.int64, device=scores[0].device)
+    if upper is None:
+        _Tables(tensors).launch(histogram_kernel, tensors, counts, counts, low=False)
+    else:
+        _Tables(tensors).launch(histogram_kernel, tensors, counts, upper, low=True)
+    counts[0] += sum(score.numel() for score in scores) - counts.sum()
+    return counts
 
 
 # When they can be used --------------------------------------------------------------------------

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
-from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +11,7 @@ from torch import nn
 
 from bitstack_nb import bits, maskfile
 from bitstack_nb.eligible import place
+from bitstack_nb.gpu import kernels_on
 
 if TYPE_CHECKING:
     import pandas
@@ -122,7 +121,7 @@ class Locks:
 
         With ``kernels`` it is None: ``zero_waiting`` zeroes all when the backward pass ends.
         """
-        kernels = _kernels(gradient.device)
+        kernels = kernels_on(gradient.device)
         if kernels and kernels.can_wait(self.parameters[name], gradient):
             backward_pass = torch._C._current_graph_task_id()
             if backward_pass not in self._waiting:
@@ -142,7 +141,7 @@ class Locks:
         waiting, self._waiting = self._waiting, {}
         names = set().union(*waiting.values())
         gradients = {n: g for n in names if (g := self.parameters[n].grad) is not None}
-        fused = self._followed_and_fused(gradients)
+        fused = self._fused_for(gradients)
         for name in fused.zero(gradients) if fused else gradients:
             gradients[name].masked_fill_(self.mask(name), 0)
 
@@ -155,7 +154,7 @@ class Locks:
         """
         locked = ((name, self.parameters[name]) for name in self.names)
         held = {n: p for n, p in locked if stepped is None or id(p) in stepped}
-        fused = self._followed_and_fused(held)
+        fused = self._fused_for(held)
         for name in fused.put(held) if fused else held:
             parameter = self.parameters[name]
             if parameter.device.type == "cpu":
@@ -167,7 +166,7 @@ class Locks:
     def moved(self) -> dict[str, int]:
         """Numbers of locked weights that differ in any bit from their values, by name; no zeros."""
         held = {name: self.parameters[name] for name in self.names}
-        fused = self._followed_and_fused(held)
+        fused = self._fused_for(held)
         counted = fused.compare(held) if fused else {}
         moved = {}
         for name, parameter in held.items():
@@ -178,20 +177,20 @@ class Locks:
                 moved[name] = bits.differing(present, self._values[name])
         return {name: number for name, number in moved.items() if number}
 
-    def _followed_and_fused(self, names: Collection[str]) -> Fused | None:
+    def _fused_for(self, names: Collection[str]) -> Fused | None:
         """Kernels that handle the locked weights of all parameters in one launch; None on a CPU.
 
         Masks and values of the named parameters are moved to the parameters' devices first.
         """
         for name in names:
             self._followed(name)
-        kernels = self._kernels() if names else None
+        kernels = self._kernels() if len(names) > 1 else None  # one alone needs no tables
         if kernels and self._fused is None:
             self._fused = kernels.Fused(self.parameters, self._bits, self._values)
         return self._fused if kernels else None
 
     def _kernels(self) -> ModuleType | None:
-        found = (_kernels(p.device) for p in self.parameters.values())
+        found = (kernels_on(p.device) for p in self.parameters.values())
         return next((kernels for kernels in found if kernels), None)
 
     # Tables and files ---------------------------------------------------------------------------
@@ -230,19 +229,6 @@ class Locks:
     def layer_table(self) -> pandas.DataFrame:
         """The table that ``BitStack.layer_table`` documents."""
         return layer_table(self.parameters, self._tasks)
-
-
-@cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    """The module ``kernels``, if its kernels run on the device: on a GPU with Triton."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
-    if device.type != ("cpu" if interpreted else "cuda"):
-        return None
-    try:
-        from bitstack_nb import kernels
-    except ImportError:  # no Triton: Windows, for example
-        return None
-    return kernels if kernels.work_on(device) else None
 
 
 def layer_table(

@@ -112,13 +112,13 @@ class Count(TorchDispatchMode):
 class Steps(LockedCase):
     def setUp(self):
         """Counts launches, by kernel."""
-        self.launches, launch = Counter(), kernels._Group._launch
+        self.launches, launch = Counter(), kernels._Tables.launch
 
         def counted(group, kernel, *arguments, **constants):
             self.launches[kernel.__name__] += 1
             launch(group, kernel, *arguments, **constants)
 
-        self.enterContext(mock.patch.object(kernels._Group, "_launch", counted))
+        self.enterContext(mock.patch.object(kernels._Tables, "launch", counted))
 
     def locked(self, depth=2):
         model = tiny.plain(depth=depth)
@@ -155,7 +155,9 @@ class Steps(LockedCase):
         self.assertEqual(self.launches, {"count_kernel": 1, "compare_kernel": 1})
         self.launches.clear()
         stack.update(tiny.batches(2, seed=1))
-        self.assertEqual(self.launches, {"count_kernel": 1, "take_kernel": 1})
+        self.assertEqual(
+            self.launches, {"histogram_kernel": 2, "count_kernel": 1, "take_kernel": 1}
+        )
         self.assertEqual(stack.verify(), 0)
         with torch.no_grad():
             model.blocks[0].up.weight += 1

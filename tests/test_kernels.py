@@ -8,8 +8,11 @@ import unittest
 from importlib.util import find_spec
 from pathlib import Path
 
-# Tests of the guarantee that also run with the kernels, in the interpreter.
-GUARANTEE = [
+# Tests of the method that also run with the kernels, in the interpreter.
+METHOD = [
+    "test_importance.KthLargest.test_equals_sort",
+    "test_importance.KthLargest.test_every_k_of_a_small_set",
+    "test_importance.KthLargest.test_not_contiguous",
     "test_guarantee.Gradients",
     "test_guarantee.Regimes.test_autocast_with_a_scaler",
     "test_guarantee.Regimes.test_gradient_checkpointing",
@@ -24,7 +27,7 @@ GUARANTEE = [
 @unittest.skipUnless(find_spec("triton"), "needs Triton, which is there for Linux only")
 class Kernels(unittest.TestCase):
     def test_in_the_interpreter(self):
-        command = [sys.executable, "-m", "unittest", "interpreted_kernels", *GUARANTEE]
+        command = [sys.executable, "-m", "unittest", "interpreted_kernels", *METHOD]
         done = subprocess.run(
             command,
             cwd=Path(__file__).parent,
@@ -43,10 +46,11 @@ class Kernels(unittest.TestCase):
         from bitstack_nb import kernels
 
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        types = {"rows": "*i64", "blocks": "*i32", "counts": "*i32"}
-        for kernel in (kernels.zero_kernel, kernels.put_kernel, kernels.compare_kernel):
+        types = {"rows": "*i64", "blocks": "*i32", "counts": "*i64", "upper": "*i64"}
+        for kernel in (kernels.zero_kernel, kernels.put_kernel, kernels.histogram_kernel):
             signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-            constants = {"kind": language.int32, "block": kernels.BLOCK}
+            constants = {"kind": language.int32, "block": kernels.BLOCK, "low": True}
+            constants = {n: c for n, c in constants.items() if n in signature}
             source = triton.compiler.ASTSource(kernel, signature, constants)
             for capability in (75, 90):
                 with self.subTest(kernel.__name__, capability=capability):

@@ -43,12 +43,11 @@ def kinds(model: nn.Module) -> dict[str, str]:
     the blocks are attention if an attention module holds them, else MLP; others, such as BERT's
     pooler, are ``other``.
     """
-    held = {
-        f"{path}.{own}": module
-        for path, module in model.named_modules()
-        for own, _ in module.named_parameters(recurse=False)
+    holders = dict(model.named_modules())
+    return {
+        name: _kind(name, holders[name.rpartition(".")[0]], p)
+        for name, p in backbone(model).items()
     }
-    return {name: _kind(name, held[name], p) for name, p in backbone(model).items()}
 
 
 def _kind(name: str, module: nn.Module, parameter: nn.Parameter) -> str:
@@ -65,19 +64,14 @@ def _kind(name: str, module: nn.Module, parameter: nn.Parameter) -> str:
 
 
 def groups(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, Weights]:
-    """The weights of each kind and state that has any.
-
-    Args:
-        model: its backbone is divided.
-        masks: a stack's, by parameter name; empty if nothing can be locked.
-    """
+    """The backbone's weights of each kind, and of each state if there are masks of a stack."""
     by_kind = kinds(model)
     found: dict[str, Weights] = {
         kind: {name: None for name, own in by_kind.items() if own == kind} for kind in KINDS
     }
     if masks:
-        found["locked"] = {name: masks[name] for name in masks}
-        found["free"] = {name: ~masks[name] for name in masks}
+        found["locked"] = dict(masks)
+        found["free"] = {name: ~mask for name, mask in masks.items()}
         found["not eligible"] = {name: None for name in by_kind if name not in masks}
     return {group: weights for group, weights in found.items() if weights}
 
@@ -89,13 +83,7 @@ def put_back(
 ) -> Iterator[int]:
     """Give these weights their former values; the present ones come back after the block.
 
-    Args:
-        model: changed in place.
-        former: values by parameter name, of the parameters' shapes.
-        weights: those to put back.
-
-    Yields:
-        How many weights that are.
+    Yields how many weights that are.
     """
     parameters = dict(model.named_parameters())
     present = {name: parameters[name].clone() for name in weights}
@@ -119,8 +107,7 @@ def attribute(
 ) -> dict[str, dict[str, Any]]:
     """The first task's accuracy with each group put back: group -> ``accuracy`` (%), ``entries``.
 
-    ``evaluate`` measures it on the model as it is; the other arguments are those of
-    :func:`groups` and :func:`put_back`.
+    ``evaluate`` measures it on the model as it is.
     """
     found = {}
     for group, weights in groups(model, masks).items():

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from datasets import Dataset
 
-from bitstack_nb.benchmark import drift
-from bitstack_nb.benchmark.inputs import evaluation_batches, training_batches
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.benchmark.runner import finished_stages
+from bitstack_nb.benchmark.runner import stages_left
 from bitstack_nb.benchmark.sequence import TaskSequence
-from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.benchmark.training import find_device
 from bitstack_nb.results.plain_json import canonical
 from bitstack_nb.rng import undisturbed_rng
 
-_STEPS, _BATCHES = 6, 3  # of training in a timed stage, and of evaluation after it
+_STEPS = 10  # of training in a timed stage
 # Settings that change no step's time.
 _FREE = {"seed", "tasks", "epochs", "learning_rate", "head_learning_rate", "warmup_steps"}
 
@@ -41,10 +37,9 @@ def estimate(
     Raises:
         ValueError: as ``run`` does.
     """
-    kinds: dict[str, list[tuple[Protocol, list[list[int]]]]] = {}
+    kinds: dict[str, list[tuple[Protocol, int]]] = {}
     for protocol in protocols:
-        stages = all_strategies()[protocol.strategy].stages(len(protocol.tasks))
-        if left := stages[finished_stages(protocol, output) :]:
+        if left := stages_left(protocol, output):
             settings = {k: v for k, v in protocol.to_dict().items() if k not in _FREE}
             kind = canonical([settings, sorted(task.name for task in protocol.tasks)])
             kinds.setdefault(kind, []).append((protocol, left))
@@ -53,59 +48,39 @@ def estimate(
         return sum(_seconds(runs, found) for runs in kinds.values())
 
 
-def _seconds(runs: list[tuple[Protocol, list[list[int]]]], device: torch.device) -> float:
-    """Seconds of runs of one kind, each with the stages that are left of it."""
+def _seconds(runs: list[tuple[Protocol, int]], device: torch.device) -> float:
+    """Seconds of runs of one kind, each with the number of stages that are left."""
     start = time.perf_counter()
     with TemporaryDirectory() as folder:
         sequence = TaskSequence(runs[0][0], device, Path(folder), None)
-        total = (time.perf_counter() - start) * (len({p.seed for p, _ in runs}) - 1)
-        learn, test = sequence.train_data, sequence.test_data
+        loading = time.perf_counter() - start
         costs = _costs(sequence)
-    strategy = sequence.strategy
-    for protocol, stages in runs:
-        batches = 0
-        for stage in stages:
-            steps = training_batches(strategy.rows(stage, learn, protocol), protocol)
-            measured = min(protocol.n_batches or 0, steps / protocol.epochs)
-            total += costs["stage"] + steps * costs["step"]
-            total += costs["measure"] * max(1, measured / _STEPS)
-            batches += evaluation_batches(test[: stage[-1] + 1], protocol)
-        if strategy.drifts and len(protocol.tasks) > 1:
-            groups = drift.groups(sequence.model, strategy.masks())
-            batches += len(groups) * evaluation_batches(test[:1], protocol)
-        total += batches * costs["batch"]
+    total = loading * (len({protocol.seed for protocol, _ in runs}) - 1)
+    for sequence.protocol, left in runs:
+        steps, batches = sequence.batches(left)
+        total += steps * costs["step"] + batches * costs["batch"] + left * costs["stage"]
     return total
 
 
 def _costs(sequence: TaskSequence) -> dict[str, float]:
-    """Seconds of a training step, an evaluation batch, measuring, and the rest of a stage."""
-    size, train, clock = sequence.protocol.batch_size, sequence.train_data, _Clock(sequence.device)
-    sequence.test_data = [_first(_BATCHES * 4 * size, data) for data in sequence.test_data]
+    """Seconds of a training step, an evaluation batch, and the rest of a stage."""
+    protocol = sequence.protocol
     for number, stage in enumerate(sequence.stages[:2]):  # the first one warms up, and may lock
-        rows = math.ceil(_STEPS / len(stage)) * size
-        sequence.train_data = [_first(rows, data) for data in train]
-        clock.ticks = []
+        share = min(1, _STEPS / sequence.steps(stage))
+        sequence.protocol = replace(protocol, epochs=share * protocol.epochs)
+        clock = _Clock(sequence.device)
+        start = clock.now()
         sequence.train_stage(number, stage, clock)
         sequence.lock(number, stage)
-        trained, start = clock.ticks, clock.now()
+        sequence.save_stage(number + 1)
+        spent, steps = clock.now() - start, clock.ticks
+        sequence.protocol = protocol
+        step = (steps[-1] - steps[0]) / max(1, len(steps) - 1)
+        clock, start = _Clock(sequence.device), clock.now()
         with sequence.strategy.model_of(stage[-1]):
             sequence.accuracy_of(stage[-1], clock)
-        evaluated = clock.now()
-        sequence.save_stage(number + 1)
-        written = clock.now() - evaluated
-    spent = {what: seconds[-1] for what, seconds in sequence.numbers["times"].items() if seconds}
-    step = (trained[-1] - trained[0]) / max(1, len(trained) - 1)
-    batches = evaluation_batches([sequence.test_data[stage[-1]]], sequence.protocol)
-    return {
-        "step": step,
-        "batch": (evaluated - start) / batches,
-        "measure": spent["begin"] + spent["update"],
-        "stage": written + max(0, spent["train"] - len(trained) * step),
-    }
-
-
-def _first(count: int, rows: Dataset) -> Dataset:
-    return rows.select(range(min(len(rows), count)))
+        batch = (clock.now() - start) / len(clock.ticks)
+    return {"step": step, "batch": batch, "stage": max(0, spent - len(steps) * step)}
 
 
 class _Clock:

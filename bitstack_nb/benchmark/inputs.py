@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
 
 import torch
 from datasets import Dataset
 
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.benchmark.training import Collate
-from bitstack_nb.data.backbones import Backbone, collate, encode, load_backbone
+from bitstack_nb.data.backbones import Backbone, encode, load_backbone
 from bitstack_nb.data.loading import TaskData, load_task
+
+# Runs that differ in their strategy have the same samples, which are not read anew for each.
+_load_once = lru_cache(maxsize=32)(load_task)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A protocol's data and model, ready to train.
-
-    Attributes:
-        tasks: the samples, in training order.
-        backbone: its model is on the device.
-        train, test: the samples encoded, by task.
-        collate: makes a padded batch of encoded rows.
-    """
+    """A protocol's samples in training order, raw and encoded, and its backbone on the device."""
 
     tasks: list[TaskData]
     backbone: Backbone
     train: list[Dataset]
     test: list[Dataset]
-    collate: Collate
-
-
-# Runs that differ in their strategy have the same samples, which are not read anew for each.
-_load_once = lru_cache(maxsize=32)(load_task)
 
 
 def load_inputs(protocol: Protocol, device: torch.device) -> Inputs:
@@ -59,20 +47,6 @@ def load_inputs(protocol: Protocol, device: torch.device) -> Inputs:
     ]
     backbone = load_backbone(protocol.model, max_length=protocol.max_length, seed=protocol.seed)
     backbone.model.to(device)
-    return Inputs(
-        tasks,
-        backbone,
-        [encode(task.train, backbone) for task in tasks],
-        [encode(task.test, backbone) for task in tasks],
-        collate(backbone),
-    )
-
-
-def training_batches(rows: Mapping[int, Dataset], protocol: Protocol) -> int:
-    """Steps of a stage that trains on these rows together."""
-    return ceil(protocol.epochs * ceil(sum(map(len, rows.values())) / protocol.batch_size))
-
-
-def evaluation_batches(tests: Sequence[Dataset], protocol: Protocol) -> int:
-    """Batches, of four times the training batch, that evaluating these test samples takes."""
-    return sum(ceil(len(rows) / (4 * protocol.batch_size)) for rows in tests)
+    train = [encode(task.train, backbone) for task in tasks]
+    test = [encode(task.test, backbone) for task in tasks]
+    return Inputs(tasks, backbone, train, test)

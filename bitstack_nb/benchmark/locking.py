@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.benchmark.strategy import Strategy, n_bytes
+from bitstack_nb.benchmark.strategy import Batches, Data, Strategy, n_bytes
 from bitstack_nb.importance import choose
 from bitstack_nb.settings import check_settings
 from bitstack_nb.stack import BitStack
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import TrainerCallback
 
 
@@ -54,7 +53,7 @@ class Locking(Strategy):
     def layer_records(self) -> list[dict[str, Any]]:
         return records(self._stack.layer_table())
 
-    def storage(self, data: Sequence[Dataset]) -> int:
+    def storage(self, data: Data) -> int:
         """The packed masks; the model itself holds the locked values."""
         return n_bytes(self._stack.state_dict()["bits"].values())
 
@@ -77,7 +76,7 @@ class Control(Locking):
         super().__init__(model, protocol)
         self._count = self._new_stack()
 
-    def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+    def after_stage(self, number: int, loader: Batches) -> None:
         """Lock the free weights with the highest scores."""
         before = self._count.stats()["locked"]
         after = self._count.update(loader, n_batches=self.protocol.n_batches)["locked"]

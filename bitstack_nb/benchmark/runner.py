@@ -68,9 +68,10 @@ def run(
     return result
 
 
-def finished_stages(protocol: Protocol, output: str | os.PathLike[str]) -> int:
-    """Stages that ``run`` would not repeat: all of a finished run, those a broken one saved."""
+def stages_left(protocol: Protocol, output: str | os.PathLike[str]) -> int:
+    """Stages that ``run`` would carry out: none of a finished run, of a broken one the rest."""
     path = Path(output) / f"{protocol.name}.json"
     if path.exists():
-        return len(all_strategies()[protocol.strategy].stages(len(protocol.tasks)))
-    return max(stages.saved_stages(path.with_suffix(".state")), default=0)
+        return 0
+    saved = max(stages.saved_stages(path.with_suffix(".state")), default=0)
+    return len(all_strategies()[protocol.strategy].stages(len(protocol.tasks))) - saved

@@ -8,6 +8,7 @@ accuracy matrix is that of an unbroken run.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +23,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from bitstack_nb.benchmark import drift, stages
-from bitstack_nb.benchmark.inputs import evaluation_batches, load_inputs, training_batches
+from bitstack_nb.benchmark.inputs import load_inputs
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.benchmark.training import MultiHead, ProgressBar, accuracy, mixed, train
+from bitstack_nb.data.backbones import collate
 from bitstack_nb.fitting import fit_head
 from bitstack_nb.head import labelled, part_names, place, present
 from bitstack_nb.results import metrics
@@ -45,7 +47,7 @@ class TaskSequence:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         inputs = load_inputs(protocol, device)
-        self.model, self.collate = inputs.backbone.model, inputs.collate
+        self.model, self.collate = inputs.backbone.model, collate(inputs.backbone)
         self.train_data, self.test_data = inputs.train, inputs.test
         pattern = present(self.model, part_names(self.model))
         self.heads = [
@@ -81,7 +83,8 @@ class TaskSequence:
         """Carry out the stages that are left, and give the result."""
         self._resume()
         done, name = self.numbers["stages_done"], self.protocol.strategy
-        with tqdm(total=self._batches(done), desc=name, unit="batch", disable=not progress) as bar:
+        total = sum(self.batches(len(self.stages) - done))
+        with tqdm(total=total, desc=name, unit="batch", disable=not progress) as bar:
             for number, stage in list(enumerate(self.stages))[done:]:
                 last = self.protocol.tasks[stage[-1]].name
                 bar.set_description(f"{name} seed {self.protocol.seed}, up to {last}")
@@ -98,8 +101,9 @@ class TaskSequence:
         model = MultiHead(self.model, self.heads) if len(rows) > 1 else self._use_head(stage[0])
         with self._timed("begin"):
             self.strategy.before_stage(number, self._loader(number, rows))
-            if self.protocol.head_steps:
-                self._fit_head(number, stage)
+            if self.protocol.head_steps:  # as exact recall fits it: on the new task alone
+                own = self._loader(number, {stage[0]: self.train_data[stage[0]]})
+                fit_head(self._use_head(stage[0]), own, steps=self.protocol.head_steps)
         with self._timed("train"):
             steps = train(
                 model,
@@ -111,12 +115,6 @@ class TaskSequence:
                 callbacks=[*self.strategy.callbacks(), ProgressBar(bar)],
             )
         self.numbers["steps"].append(steps)
-
-    def _fit_head(self, number: int, stage: list[int]) -> None:
-        """Fit the new task's head, as ``begin`` of exact recall does."""
-        (task,) = stage
-        own = self._loader(number, {task: self.train_data[task]})
-        fit_head(self._use_head(task), own, steps=self.protocol.head_steps)
 
     def lock(self, number: int, stage: list[int]) -> None:
         """Let the strategy do what it does after a stage, and keep its statistics."""
@@ -184,18 +182,20 @@ class TaskSequence:
         """A seed of its own for each stage, so that a resumed run repeats it exactly."""
         return 1000 * self.protocol.seed + number
 
-    def _batches(self, done: int) -> int:
-        """Batches of training and evaluation that are left."""
-        left = self.stages[done:]
-        count = sum(
-            training_batches(self._rows(stage), self.protocol)
-            + evaluation_batches(self.test_data[: stage[-1] + 1], self.protocol)
-            for stage in left
-        )
-        if left and self._drifts:
-            groups = len(drift.groups(self.model, self.strategy.masks()))
-            count += groups * evaluation_batches(self.test_data[:1], self.protocol)
-        return count
+    def steps(self, stage: list[int]) -> int:
+        """Steps of training on a stage."""
+        rows = sum(map(len, self._rows(stage).values()))
+        return math.ceil(self.protocol.epochs * math.ceil(rows / self.protocol.batch_size))
+
+    def batches(self, left: int) -> tuple[int, int]:
+        """Steps of training and batches of evaluation in the last ``left`` stages."""
+        stages = self.stages[len(self.stages) - left :]
+        # Batches of evaluation are four times those of training.
+        tests = [math.ceil(len(rows) / 4 / self.protocol.batch_size) for rows in self.test_data]
+        evaluation = sum(sum(tests[: stage[-1] + 1]) for stage in stages)
+        if stages and self._drifts:
+            evaluation += tests[0] * len(drift.groups(self.model, self.strategy.masks()))
+        return sum(map(self.steps, stages)), evaluation
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerCallback
 
+Batches = Iterable[Mapping[str, Any]]
+Data = Sequence["Dataset"]  # every task's training rows
+
 
 class Strategy:
     """A way to train one backbone on a sequence of tasks. Without overrides it is fine-tuning.
@@ -53,7 +56,7 @@ class Strategy:
         return [[task] for task in range(n_tasks)]
 
     @staticmethod
-    def rows(stage: list[int], data: Sequence[Dataset], protocol: Protocol) -> dict[int, Dataset]:
+    def rows(stage: list[int], data: Data, protocol: Protocol) -> dict[int, Dataset]:
         """The rows that a stage trains on, by task, out of every task's training rows."""
         return {task: data[task] for task in stage}
 
@@ -61,13 +64,13 @@ class Strategy:
         """Callbacks for the Trainer of a stage."""
         return []
 
-    def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+    def before_stage(self, number: int, loader: Batches) -> None:
         """Called before each stage (from 0) with batches of what it trains on.
 
         If these are one task's, the task's head is in the model.
         """
 
-    def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+    def after_stage(self, number: int, loader: Batches) -> None:
         """Called after each stage (from 0) with batches of what it trained on."""
 
     def model_of(self, task: int) -> AbstractContextManager[nn.Module]:
@@ -90,12 +93,8 @@ class Strategy:
         """Record of ``LockCurves``, for strategies that lock by importance."""
         return {}
 
-    def storage(self, data: Sequence[Dataset]) -> int:
-        """Bytes to keep beside one backbone and the heads: to predict every task and to go on.
-
-        Args:
-            data: every task's training rows, for strategies that keep some.
-        """
+    def storage(self, data: Data) -> int:
+        """Bytes to keep beside one backbone and the heads: to predict every task and to go on."""
         return 0
 
     def save(self, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from bitstack_nb.benchmark.curves import CurveRecorder
 from bitstack_nb.benchmark.locking import Locking
 from bitstack_nb.benchmark.protocol import Protocol
+from bitstack_nb.benchmark.strategy import Batches
 
 
 class Published(Locking):
@@ -23,7 +23,7 @@ class Published(Locking):
         super().__init__(model, protocol)
         self._recorder = CurveRecorder(self._stack.masks)
 
-    def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+    def after_stage(self, number: int, loader: Batches) -> None:
         """Lock the weights that matter for the stage's task."""
         self._stack.update(loader, n_batches=self.protocol.n_batches, observe=self._recorder.add)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 from torch import nn
 
 from bitstack_nb.benchmark.strategies.bitstack import Published
+from bitstack_nb.benchmark.strategy import Batches
 
 
 class Strict(Published):
@@ -15,7 +13,7 @@ class Strict(Published):
 
     name, label, order, colour = "bitstack-strict", "BitStack (strict)", 65, "#FBAFE4"
 
-    def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+    def before_stage(self, number: int, loader: Batches) -> None:
         if number:
             for parameter in small_parameters(self.model.base_model):
                 parameter.requires_grad_(False)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.benchmark.strategy import Strategy, n_bytes
+from bitstack_nb.benchmark.strategy import Batches, Data, Strategy, n_bytes
 from bitstack_nb.importance import measure
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 class EWC(Strategy):
@@ -38,13 +35,13 @@ class EWC(Strategy):
         self._fisher: dict[str, torch.Tensor] = {}
         self._anchor: dict[str, torch.Tensor] = {}
 
-    def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+    def before_stage(self, number: int, loader: Batches) -> None:
         """Keep the weights that the task before ended with, and add the penalty to the loss."""
         parameters = dict(self.model.base_model.named_parameters())
         self._anchor = {name: parameters[name].detach().clone() for name in self._fisher}
         self._hook = self.model.register_forward_hook(self._add_penalty)
 
-    def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+    def after_stage(self, number: int, loader: Batches) -> None:
         """Take the penalty away, and add the Fisher of as many examples as ``n_batches`` hold."""
         self._hook.remove()
         parameters = dict(self.model.base_model.named_parameters())
@@ -70,7 +67,7 @@ class EWC(Strategy):
     def _add_penalty(self, model: nn.Module, inputs: tuple, output: Any) -> None:
         output["loss"] = output["loss"] + self.penalty()
 
-    def storage(self, data: Sequence[Dataset]) -> int:
+    def storage(self, data: Data) -> int:
         return n_bytes(self._fisher.values())  # the weights to stay near are the model's own
 
     def save(self, folder: Path) -> None:
@@ -80,7 +77,7 @@ class EWC(Strategy):
         self._fisher = load_file(folder / "fisher.safetensors", device=str(self.model.device))
 
 
-def single_examples(loader: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, torch.Tensor]]:
+def single_examples(loader: Batches) -> Iterator[dict[str, torch.Tensor]]:
     """The rows of batches, each a batch of one."""
     for batch in loader:
         for row in range(len(batch["labels"])):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-from bitstack_nb.benchmark.strategy import Strategy
+from bitstack_nb.benchmark.strategy import Batches, Strategy
 
 
 class Frozen(Strategy):
@@ -14,6 +11,6 @@ class Frozen(Strategy):
     name, label, order, colour = "frozen", "frozen backbone", 15, "#B8B8B8"
     drifts = False
 
-    def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+    def before_stage(self, number: int, loader: Batches) -> None:
         if number:
             self.model.base_model.requires_grad_(False)

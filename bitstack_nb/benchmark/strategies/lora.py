@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.benchmark.strategy import Strategy, n_bytes
+from bitstack_nb.benchmark.strategy import Batches, Data, Strategy, n_bytes
 from bitstack_nb.rng import undisturbed_rng
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 class LoRA(Strategy):
@@ -46,7 +43,7 @@ class LoRA(Strategy):
             for task in range(len(protocol.tasks)):
                 inject_adapter_in_model(config, model.base_model, _adapter(task))
 
-    def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+    def before_stage(self, number: int, loader: Batches) -> None:
         self._show(number)  # the only adapter that is trained
 
     @contextmanager
@@ -58,7 +55,7 @@ class LoRA(Strategy):
         finally:
             self._show(present)
 
-    def storage(self, data: Sequence[Dataset]) -> int:
+    def storage(self, data: Data) -> int:
         parameters = self.model.base_model.named_parameters()
         return n_bytes(parameter for name, parameter in parameters if ".lora_" in name)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,11 @@ from torch import nn
 
 from bitstack_nb.benchmark.locking import records
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.benchmark.strategy import Strategy
+from bitstack_nb.benchmark.strategy import Batches, Data, Strategy
 from bitstack_nb.recall import ExactRecall
 from bitstack_nb.settings import IMPORTANCES, RANDOM, check_settings
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import TrainerCallback
 
 
@@ -40,11 +38,11 @@ class Recall(Strategy):
     def callbacks(self) -> list[TrainerCallback]:
         return [self._tasks.callback()]
 
-    def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+    def before_stage(self, number: int, loader: Batches) -> None:
         name, n_batches = self._name(number), self.protocol.n_batches or 1
         self._tasks.begin(name, loader=loader, n_batches=n_batches)
 
-    def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+    def after_stage(self, number: int, loader: Batches) -> None:
         self._tasks.close()
 
     def model_of(self, task: int) -> AbstractContextManager[nn.Module]:
@@ -56,7 +54,7 @@ class Recall(Strategy):
     def layer_records(self) -> list[dict[str, Any]]:
         return records(self._tasks.layer_table())
 
-    def storage(self, data: Sequence[Dataset]) -> int:
+    def storage(self, data: Data) -> int:
         return self._tasks.own_bytes()
 
     def save(self, folder: Path) -> None:

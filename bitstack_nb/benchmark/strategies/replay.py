@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.benchmark.strategy import Strategy
+from bitstack_nb.benchmark.strategy import Data, Strategy
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,12 +20,12 @@ class Replay(Strategy):
     settings = ("replay_size", "head_steps")
 
     @staticmethod
-    def rows(stage: list[int], data: Sequence[Dataset], protocol: Protocol) -> dict[int, Dataset]:
+    def rows(stage: list[int], data: Data, protocol: Protocol) -> dict[int, Dataset]:
         """The stage's own rows, and the same few of each earlier task at every stage."""
         kept = {task: kept_rows(data[task], task, protocol) for task in range(stage[0])}
         return Strategy.rows(stage, data, protocol) | kept
 
-    def storage(self, data: Sequence[Dataset]) -> int:
+    def storage(self, data: Data) -> int:
         # Four bytes for each token and each label that is kept.
         kept = [kept_rows(rows, task, self.protocol) for task, rows in enumerate(data)]
         return 4 * sum(sum(rows["length"]) + len(rows) for rows in kept)

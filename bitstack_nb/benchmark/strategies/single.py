@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.benchmark.strategy import Strategy, n_bytes
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from bitstack_nb.benchmark.strategy import Batches, Data, Strategy, n_bytes
 
 
 class Single(Strategy):
@@ -29,10 +25,10 @@ class Single(Strategy):
         self._base = self._weights()
         self._tasks: list[dict[str, torch.Tensor]] = []
 
-    def before_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+    def before_stage(self, number: int, loader: Batches) -> None:
         self.model.base_model.load_state_dict(self._base)
 
-    def after_stage(self, number: int, loader: Iterable[Mapping[str, Any]]) -> None:
+    def after_stage(self, number: int, loader: Batches) -> None:
         self._tasks.append(self._weights())
 
     @contextmanager
@@ -44,7 +40,7 @@ class Single(Strategy):
         finally:
             self.model.base_model.load_state_dict(present)
 
-    def storage(self, data: Sequence[Dataset]) -> int:
+    def storage(self, data: Data) -> int:
         return n_bytes(tensor for task in self._tasks for tensor in task.values())
 
     def save(self, folder: Path) -> None:

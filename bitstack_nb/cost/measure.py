@@ -25,6 +25,7 @@ from bitstack_nb.reference import PlainBitStack
 from bitstack_nb.stack import BitStack
 
 SPARSITY, ROWS, LENGTH = 0.12, 8, 128
+OWN = 0.05  # the share of a task's own weights in exact recall
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,23 @@ def gpt2(layers: int = 12, width: int = 768, *, seed: int = 0) -> nn.Module:
         return GPT2ForSequenceClassification(config)
 
 
-def random_batch(model: nn.Module, *, seed: int) -> dict[str, torch.Tensor]:
-    """ROWS x LENGTH random tokens with labels, on the model's device."""
+def minilm(*, seed: int = 0) -> nn.Module:
+    """A classifier of MiniLM-L6's architecture (22.7 M parameters) with random weights."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_labels=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return BertForSequenceClassification(config)
+
+
+def random_batch(
+    model: nn.Module, *, seed: int, rows: int = ROWS, length: int = LENGTH
+) -> dict[str, torch.Tensor]:
+    """Random tokens with labels, on the model's device."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, model.config.vocab_size, (ROWS, LENGTH), generator=generator)
-    labels = torch.randint(0, model.config.num_labels, (ROWS,), generator=generator)
+    ids = torch.randint(1, model.config.vocab_size, (rows, length), generator=generator)
+    labels = torch.randint(0, model.config.num_labels, (rows,), generator=generator)
     return {"input_ids": ids.to(model.device), "labels": labels.to(model.device)}
 
 
@@ -165,10 +178,10 @@ def update(model: nn.Module, *, n_batches: int = 4, rounds: int = 7, plainly: bo
     return take_turns(works, rounds=rounds, device=model.device)
 
 
-def recall_step(model: nn.Module, *, sparsity: float = 0.05, rounds: int = 21) -> Times:
+def recall_step(model: nn.Module, *, rounds: int = 21) -> Times:
     """A step of AdamW in a task of exact recall (``ours``), and of plain training (``base``)."""
     twin = copy.deepcopy(model).train()
-    tasks = ExactRecall(model.train(), sparsity)
+    tasks = ExactRecall(model.train(), OWN)
     tasks.begin("task")
     batch = random_batch(model, seed=100)
 
@@ -183,13 +196,34 @@ def recall_step(model: nn.Module, *, sparsity: float = 0.05, rounds: int = 21) -
     return take_turns(works, rounds=rounds, device=model.device)
 
 
-def recall_switch(model: nn.Module, *, tasks: int = 5, rounds: int = 9) -> Times:
+def optimizer_state(model: nn.Module) -> float:
+    """Bytes that AdamW keeps for each own weight of a task of exact recall, without the head's."""
+    tasks = ExactRecall(model, OWN)
+    tasks.begin("task")
+    own, head = tasks.parameters(lr=1e-5)
+    optimizer = torch.optim.AdamW([own, head])
+    model(**random_batch(model, seed=100, rows=1, length=8)).loss.backward()
+    optimizer.step()
+    state = [t for weight in own["params"] for t in optimizer.state[weight].values()]
+    weights = sum(weight.numel() for weight in own["params"])
+    return sum(t.numel() * t.element_size() for t in state) / weights
+
+
+def recall_switch(
+    model: nn.Module,
+    *,
+    tasks: int = 5,
+    rounds: int = 9,
+    sparsity: float = SPARSITY,
+    rows: int = ROWS,
+    length: int = LENGTH,
+) -> Times:
     """One switch of the model to another task (``ours``), and ``base``: a forward pass."""
-    recall = ExactRecall(model.eval(), SPARSITY)
+    recall = ExactRecall(model.eval(), sparsity)
     for task in range(tasks):
         recall.begin(str(task))
         recall.close()
-    batch = random_batch(model, seed=100)
+    batch = random_batch(model, seed=100, rows=rows, length=length)
 
     @torch.no_grad()
     def forward() -> None:

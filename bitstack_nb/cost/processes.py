@@ -13,6 +13,7 @@ import torch
 
 from bitstack_nb.cost import measure
 from bitstack_nb.importance import kth_largest
+from bitstack_nb.recall import ExactRecall
 from bitstack_nb.stack import BitStack
 
 # With a fixed threshold freed tensors go back to the system at once and do not count as used.
@@ -45,15 +46,9 @@ def threshold_memory(weights: int, *, device: str = "cpu") -> float:
 def _threshold_peak(weights: int, device: str) -> float:
     scores = measure.random_scores(weights, device=device)
     kth_largest(scores[:1], 1)  # the first call makes torch load libraries
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # starts a new peak
-    else:
-        torch.cuda.reset_peak_memory_stats()
-    before = _used(device)
+    before = _start_peak(device)
     kth_largest(scores, round(measure.SPARSITY * weights))
-    if device == "cpu":
-        return _memory("VmHWM") - before
-    return torch.cuda.max_memory_allocated() / 2**20 - before
+    return _peak(device) - before
 
 
 def training_memory(
@@ -84,6 +79,43 @@ def _trained_memory(layers: int, width: int, tasks: int, device: str) -> tuple[f
         optimizer.zero_grad()
     gc.collect()
     return _used(device), allowed
+
+
+def recall_memory(*, layers: int = 12, width: int = 768, device: str = "cpu") -> float:
+    """Peak memory of training in exact recall, in MiB beside the model (on the CPU: Linux only)."""
+    return float(_python(f"print(processes._recall_peak({layers}, {width}, {device!r}))"))
+
+
+def _recall_peak(layers: int, width: int, device: str) -> float:
+    model = measure.gpt2(layers, width).to(device).train()
+    # A short batch, so that the peak is not that of the activations.
+    batch = measure.random_batch(model, seed=0, rows=1, length=8)
+    with torch.no_grad():
+        model(**batch)  # the first call makes torch load libraries
+    gc.collect()
+    before = _start_peak(device)
+    tasks = ExactRecall(model, measure.OWN)
+    tasks.begin("task")
+    optimizer = torch.optim.AdamW(tasks.parameters(lr=1e-5))
+    for _ in range(3):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return _peak(device) - before
+
+
+def _start_peak(device: str) -> float:
+    """Start a new peak; the memory used now, in MiB."""
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+    return _used(device)
+
+
+def _peak(device: str) -> float:
+    """The peak since it was started, in MiB."""
+    return _memory("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
 
 
 def _used(device: str) -> float:

@@ -35,8 +35,12 @@ LIMITS = {
     "mask in memory": ("bits per eligible weight", 1.02),
     "mask on disk": ("bits per eligible weight", 1.02),
     "training, memory": ("1 bit per eligible weight + 4 bytes per locked one + 32 MiB", 1.0),
-    "recall step": ("a step of plain training", 1.0),
-    "recall switch": ("a forward pass", 0.5),
+    "recall step": ("a step of plain training", 0.6),
+    "recall, optimizer state": ("bytes per own weight", 12.0),
+    "recall, memory": ("MiB beside the model, 5 % own weights", 200.0),
+    "recall switch": ("a forward pass, 12 % own weights", 0.5),
+    "recall switch, 5 %": ("a forward pass of MiniLM, one text of 32 tokens", 1.0),
+    "recall switch, 0.1 %": ("a forward pass of MiniLM, one text of 32 tokens", 0.25),
     "import": ("import torch", 1.2),
 }
 
@@ -115,6 +119,10 @@ def _costs(
     yield "update", _timed(measure.update(fresh(), rounds=rounds))
     yield "recall step", _timed(measure.recall_step(fresh(), rounds=rounds))
     yield "recall switch", _timed(measure.recall_switch(fresh(), tasks=tasks, rounds=rounds))
+    for name, share in (("recall switch, 5 %", 0.05), ("recall switch, 0.1 %", 0.001)):
+        model, short = measure.minilm().to(device), {"rows": 1, "length": 32}
+        times = measure.recall_switch(model, sparsity=share, rounds=10 * rounds, **short)
+        yield name, _timed(times)
     yield "threshold", _timed(measure.threshold(eligible, rounds=rounds, device=device))
     yield "import", _timed(processes.importing(rounds=rounds))
     memory, disk = processes.mask_bits(measure.locked_stack(fresh(), tasks=1))
@@ -123,6 +131,8 @@ def _costs(
     yield "threshold, memory", {"value": processes.threshold_memory(eligible, device=device)}
     added = processes.training_memory(**shape, tasks=tasks, device=device)
     yield "training, memory", {"value": added}
+    yield "recall, optimizer state", {"value": measure.optimizer_state(fresh())}
+    yield "recall, memory", {"value": processes.recall_memory(**shape, device=device)}
 
 
 def _timed(times: measure.Times) -> dict[str, Any]:

@@ -6,7 +6,9 @@ A command imports torch, transformers and the rooms when it starts, so ``--help`
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields, replace
@@ -38,6 +40,9 @@ SYNTHETIC = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for an error of the user, 130 if interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # some terminals' encodings lack signs such as ±
+            stream.reconfigure(errors="replace")
     options = parser().parse_args(arguments)
     level = logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
@@ -45,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(client).setLevel(logging.WARNING)
     try:
         options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError) as error:
         logger.info("in full:", exc_info=True)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -220,7 +228,7 @@ def _add(
     parser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(command=command)
     folder = f"folder; {output} if not given"
-    parser.add_argument("--output", type=Path, default=Path(output), help=folder)
+    parser.add_argument("--output", type=_path, default=Path(output), help=folder)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--verbose", action="store_true", help="log each step, and errors in full")
     return parser
@@ -278,7 +286,7 @@ def _add_figures(commands: argparse._SubParsersAction) -> None:
         "files or folders to draw together; if not given, each of "
         f"{', '.join(map(str, RECORDED))}, and the costs in {RECORDED_COSTS}, to its own folder"
     )
-    parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help=recorded)
+    parser.add_argument("results", nargs="*", type=_path, metavar="RESULTS", help=recorded)
 
 
 def _add_cost(commands: argparse._SubParsersAction) -> None:
@@ -296,6 +304,10 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 # Values of options ------------------------------------------------------------------------------
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()  # the shell does not in --output=~/runs
 
 
 def _several(kind: Callable[[str], Any]) -> Callable[[str], list]:

@@ -10,7 +10,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from functools import cached_property
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitstack_nb.data.tasks import EVALUATIONS, FIVE_TASKS, SAMPLINGS, Task, find_task
@@ -48,7 +50,9 @@ class Protocol:
         "embedded", "embedded (synthetic), hub, or a folder with <dataset>/train.parquet"
     )
     tasks: tuple[Task, ...] = _setting(FIVE_TASKS, "in training order: names, or Task objects")
-    seed: int = _setting(0, "random seed of samples, heads, batches and dropout")
+    seed: int = _setting(
+        0, "random seed of samples, heads, batches and dropout", whole=True, least=0
+    )
     train_size: int | float = _setting(
         1000, "training examples per task, or a fraction such as 0.05", above=0
     )
@@ -141,12 +145,17 @@ class Protocol:
         """The protocol of a result's record."""
         return cls(**{**record, "tasks": tuple(Task(**task) for task in record["tasks"])})
 
-    @property
+    @cached_property  # and so the same for a worker in another folder
     def name(self) -> str:
         """Strategy, seed and a hash of everything else: the result's file name."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True)
+        folders = {"data": _spelled(self.data), "model": _spelled(self.model)}
+        canonical = json.dumps(self.to_dict() | folders, sort_keys=True)
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
         return f"{self.strategy}-seed{self.seed}-{digest}"
+
+    def stage_seed(self, number: int) -> int:
+        """A seed of its own for each stage, below the 2**32 that numpy takes."""
+        return (1000 * self.seed + number) % 2**32
 
     def shuffled(self) -> Protocol:
         """The same tasks in a random order, by the seed; seed 0 keeps the order there is."""
@@ -162,6 +171,15 @@ class Protocol:
         """The same protocol for another strategy, at the default settings of that strategy."""
         defaults = {name: getattr(Protocol, name) for name in _strategy(strategy).settings}
         return replace(self, strategy=strategy, **{**defaults, **settings})
+
+
+def _spelled(path: str) -> str:
+    """One spelling for a folder: from here, else from home, else from the root. A name stays."""
+    full = Path(os.path.normpath(Path(path).expanduser().absolute()))
+    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if full.is_relative_to(base):
+            return prefix + full.relative_to(base).as_posix()
+    return full.as_posix()
 
 
 def _strategies() -> Mapping[str, type[Strategy]]:
@@ -188,8 +206,8 @@ def _check(item: Field, value: Any) -> None:
         expected = f"a whole number, at least {least}"
     elif least is not None and not (isinstance(value, Real) and least <= value < float("inf")):
         expected = f"a number from {least} on"
-    elif above is not None and not (isinstance(value, Real) and value > above):
-        expected = f"more than {above}"
+    elif above is not None and not (isinstance(value, Real) and above < value < float("inf")):
+        expected = f"a number above {above}"
     if expected:
         raise ValueError(f"{item.name} is {value!r}, expected {expected}")
 

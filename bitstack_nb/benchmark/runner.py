@@ -49,7 +49,7 @@ def run(
             f"a run takes one process, but WORLD_SIZE is {count}: start it without torchrun; "
             "python -m bitstack_nb sweep does many runs at once"
         )
-    path = Path(output) / f"{protocol.name}.json"
+    path = Path(output).expanduser() / f"{protocol.name}.json"
     state = path.with_suffix(".state")
     found = find_device(device)
     if path.exists():
@@ -70,7 +70,7 @@ def run(
 
 def stages_left(protocol: Protocol, output: str | os.PathLike[str]) -> int:
     """Stages that ``run`` would carry out: none of a finished run, of a broken one the rest."""
-    path = Path(output) / f"{protocol.name}.json"
+    path = Path(output).expanduser() / f"{protocol.name}.json"
     if path.exists():
         return 0
     saved = max(stages.saved_stages(path.with_suffix(".state")), default=0)

@@ -180,7 +180,7 @@ class TaskSequence:
 
     def _seed(self, number: int) -> int:
         """A seed of its own for each stage, so that a resumed run repeats it exactly."""
-        return 1000 * self.protocol.seed + number
+        return self.protocol.stage_seed(number)
 
     def steps(self, stage: list[int]) -> int:
         """Steps of training on a stage."""
@@ -246,7 +246,12 @@ class TaskSequence:
 
     def _take_up(self, numbers: dict[str, Any], folder: Path) -> None:
         logger.info("resuming %s from %s", self.protocol.name, folder)
-        stages.check_origin(numbers["origin"], self.numbers["origin"], self.state)
+        origin, now = numbers["origin"], self.numbers["origin"]
+        stages.check_origin(origin, now, self.state)
+        if elsewhere := stages.differences(origin, now):
+            logger.warning("%s goes on with another %s", self.state, ", ".join(elsewhere))
+            elsewhere = {"stage": numbers["stages_done"], "date": now["date"], **elsewhere}
+            origin["resumed"] = [*origin.get("resumed", []), elsewhere]
         try:
             for task, head in enumerate(self.heads):
                 head.load_state_dict(load_file(folder / f"head-{task}.safetensors"))

@@ -36,6 +36,11 @@ def alone(state: Path) -> Iterator[None]:
     except Timeout:
         logger.warning("another process is executing %s: waiting until it has finished", state.stem)
         lock.acquire(poll_interval=1)
+    except (OSError, NotImplementedError) as error:  # filelock has both for a missing flock
+        raise OSError(
+            f"{state.parent} is on a file system that cannot lock files ({error}): choose an "
+            "output folder on another one, and copy the results there in the end"
+        ) from error
     try:
         yield
     finally:
@@ -99,6 +104,14 @@ def read_numbers(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError):
         return None
     return numbers
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What is here of an environment, where it is not what a run was begun with or resumed in."""
+    for resumed in before.get("resumed", []):
+        before = {**before, **resumed}
+    names = ("python", "platform", "cpu", "cores", "torch_threads", "gpus", "packages", "git")
+    return {name: now[name] for name in names if now[name] != before.get(name)}
 
 
 def check_origin(before: Mapping[str, Any], now: Mapping[str, Any], state: Path) -> None:

@@ -58,7 +58,7 @@ def sweep(
     if jobs is not None and (jobs < 1 or backend != "loky"):
         expected = "at least 1" if backend == "loky" else f"none: {backend}'s workers say how many"
         raise ValueError(f"jobs is {jobs}, expected {expected}")
-    folder = Path(output).absolute()
+    folder = Path(output).expanduser().absolute()
     files = {protocol.name: folder / f"{protocol.name}.json" for protocol in protocols}
     left = {p.name: p for p in protocols if not files[p.name].exists()}
     several = jobs or (cpu_count() if find_device(device).type == "cpu" else 1)

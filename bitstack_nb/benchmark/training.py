@@ -148,7 +148,13 @@ def accuracy(
     with torch.autocast(device.type, dtype=half, enabled=half is not None):
         for batch in DataLoader(ordered, batch_size=4 * protocol.batch_size, collate_fn=collate):
             own = {name: column.to(device) for name, column in batch.items()}
-            right += int((model(**own).logits.argmax(-1) == own["labels"]).sum())
+            logits = model(**own).logits
+            if not logits.isfinite().all():
+                raise ValueError(
+                    f"training diverged: the model gives {logits[~logits.isfinite()][0]} for test "
+                    "texts; try a lower learning rate"
+                )
+            right += int((logits.argmax(-1) == own["labels"]).sum())
             bar.update(1)
     return 100 * (right / len(data))
 

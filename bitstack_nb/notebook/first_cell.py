@@ -86,10 +86,11 @@ def default_output() -> str:
 
 def output_folder(path: str) -> Path:
     """The folder for results, made if missing; on Colab a folder on Google Drive is mounted."""
-    if path.startswith("/content/drive/") and not Path("/content/drive/MyDrive").is_dir():
+    folder = Path(path).expanduser().absolute()
+    drive_folder = Path("/content/drive")
+    if folder.is_relative_to(drive_folder) and not (drive_folder / "MyDrive").is_dir():
         from google.colab import drive  # exists on Colab only, and asks the user for permission
 
         drive.mount("/content/drive")
-    folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -5,7 +5,9 @@ Tables and pairs are a ``groupby`` and a ``merge`` of these. pandas is imported 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from bitstack_nb.results.metrics import mean_interval
@@ -28,6 +30,8 @@ COLUMNS = {
     "time_per_step": "ms per step",
 }
 SYNTHETIC = "embedded (synthetic)"
+# What the record of a dataset or a backbone calls its version.
+_VERSIONS = ("sha256", "revision", "generator", "vocabulary")
 # Strategies to which importance says how many weights to lock, and not which.
 _CONTROLS = ("random-mask", "magnitude-mask")
 
@@ -56,9 +60,10 @@ def frame(results: Iterable[Result]) -> pd.DataFrame:
             own |= {"configuration": key[0], "result": result}
             rows[key] = {name: _cell(name, value) for name, value in settings.items()} | own
         elif rows[key]["result"] != result:
+            both = " and ".join(one.path or "?" for one in (rows[key]["result"], result))
             raise ResultError(
                 f"seed {key[1]} of strategy {settings['strategy']!r} has two different results "
-                f"with the tasks {order}: leave one of them out"
+                f"with the tasks {order} ({both}): leave one of them out"
             )
     if not rows:
         raise ResultError("there are no results: give at least one")
@@ -94,14 +99,40 @@ def settings_of(runs: pd.DataFrame) -> list[str]:
 
 
 def configuration(result: Result) -> dict[str, Any]:
-    """The protocol less what belongs to the seed, and whether the numbers are published ones."""
+    """The protocol less what belongs to the seed, its inputs, and whether it was published."""
     settings = {k: v for k, v in result.protocol.items() if k != "seed" and v is not None}
     if "sparsity" in settings and settings["strategy"] not in _CONTROLS:
         settings.setdefault("importance", "gradient")  # what a protocol without one means
     if "tasks" in settings:
         settings["tasks"] = sorted(settings["tasks"], key=lambda task: task["name"])
+    settings |= _inputs(result)
     published = result.provenance.get("published")
     return settings | ({"published": published} if published else {})
+
+
+def _inputs(result: Result) -> dict[str, str]:
+    """``inputs``, a digest of the files of data and weights, and of folders only their names.
+
+    So a folder's place is no difference between runs, and other bytes in it are one.
+    """
+    data, model = (result.provenance.get(name) for name in ("data", "model"))
+    records = {"model": model, **data} if isinstance(data, dict) else {}
+    if not records or not all(isinstance(record, dict) for record in records.values()):
+        return {}
+    versions = {
+        name: [_version(record[key]) for key in _VERSIONS if key in record]
+        for name, record in records.items()
+    }
+    found = {"inputs": hashlib.sha256(canonical(versions).encode()).hexdigest()[:8]}
+    for name, record in (("data", next(iter(data.values()), {})), ("model", model)):
+        if record.get("source") == "folder":
+            found[name] = PurePath(str(result.protocol.get(name))).name
+    return found
+
+
+def _version(value: Any) -> Any:
+    """A version, or the digests of files without the files' names."""
+    return sorted(map(str, value.values())) if isinstance(value, dict) else value
 
 
 def numbers(result: Result) -> dict[str, float | None]:

@@ -58,7 +58,7 @@ def unpack(file: Path) -> list[dict[str, Any]]:
     """
     records: list[dict[str, Any]] = []
     with np.load(file.with_name(ARRAYS)) as arrays:
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8-sig").splitlines():
             record = json.loads(line)
             record.pop("name")
             for field, key in _SHARED:

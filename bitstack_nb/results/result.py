@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from zipfile import BadZipFile
 
 from bitstack_nb.files import replacing
@@ -15,6 +15,7 @@ from bitstack_nb.results.packed import ARRAYS, RUNS, unpack
 from bitstack_nb.results.plain_json import plain, render
 
 FORMAT = 1
+_UTF8 = "utf-8-sig"  # with or without the byte order mark of some editors
 _LISTS = ("matrix", "locks", "lock_stats")  # the other fields are dicts
 
 
@@ -59,6 +60,7 @@ class Result:
     provenance: dict[str, Any] = field(default_factory=dict)
     storage: dict[str, Any] = field(default_factory=dict)
     drift: dict[str, Any] = field(default_factory=dict)
+    path: ClassVar[str] = ""  # of an instance: the file that it was read from, for messages
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -136,7 +138,7 @@ class Result:
     def load(cls, path: str | os.PathLike[str]) -> Result:
         """Read the JSON of one run. Raises ResultError naming the file and what is wrong in it."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(Path(path).expanduser().read_text(encoding=_UTF8))
         except OSError as error:
             raise ResultError(f"cannot read the result {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:  # bad JSON or UTF-8, nested without end
@@ -150,12 +152,12 @@ def load_results(*paths: str | os.PathLike[str]) -> list[Result]:
     """Load results from files and folders, sorted by path.
 
     A file is one run's JSON, or a ``runs.jsonl`` (see ``packed``). Of a folder, every such file at
-    any depth is loaded, once. ``*.state`` folders hold unfinished runs and are left
-    out. Raises ResultError for a path that is not there, for a folder without results and for
-    every file that holds no result.
+    any depth is loaded, once. Hidden files are left out, and ``*.state`` folders, which hold
+    unfinished runs. Raises ResultError for a path that is not there, for a folder without results
+    and for every file that holds no result.
     """
     found: dict[Path, None] = {}
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         files = _files(path) if path.is_dir() else [path]
         if not files:
             raise ResultError(
@@ -168,8 +170,13 @@ def load_results(*paths: str | os.PathLike[str]) -> list[Result]:
 
 def _files(folder: Path) -> list[Path]:
     files = sorted([*folder.rglob("*.json"), *folder.rglob(RUNS)])
-    suffixes = [{parent.suffix for parent in f.relative_to(folder).parents} for f in files]
-    return [f for f, above in zip(files, suffixes, strict=True) if ".state" not in above]
+    return [file for file in files if not _left_out(file.relative_to(folder))]
+
+
+def _left_out(file: Path) -> bool:
+    """Whether it belongs to an unfinished run, or is hidden (of Jupyter, or of macOS: ``._x``)."""
+    unfinished = any(folder.suffix == ".state" for folder in file.parents)
+    return unfinished or any(part.startswith(".") for part in file.parts)
 
 
 def _packed(file: Path) -> list[Result]:
@@ -184,7 +191,9 @@ def _packed(file: Path) -> list[Result]:
 
 def _result(data: Any, where: str) -> Result:
     try:
-        return Result(**_checked(data))
+        result = Result(**_checked(data))
+        result.path = where
+        return result
     except ResultError as error:
         raise ResultError(f"{where}: {error}") from error
 

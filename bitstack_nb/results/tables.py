@@ -98,14 +98,19 @@ def provenance_table(results: Iterable[Result]) -> pd.DataFrame:
         origin, protocol = result.provenance, result.protocol
         if origin.get("published"):
             continue
-        git = origin["git"] or {"commit": None, "dirty": None}
+        places = [origin]
+        for resumed in origin.get("resumed", []):
+            places.append({**places[-1], **resumed})
         rows.append(
             {
                 "data": protocol["data"],
                 "model": protocol["model"],
-                "hardware": ", ".join(origin["gpus"]) or "{cpu}, {cores} cores".format(**origin),
-                "commit": (git["commit"] or "unknown")[:10] + " + changes" * bool(git["dirty"]),
-                **origin["packages"],
+                "hardware": _then(map(_hardware, places)),
+                "commit": _then(map(_commit, places)),
+                **{
+                    name: _then(str(at["packages"].get(name, "-")) for at in places)
+                    for name in origin["packages"]
+                },
                 "date": origin["date"][:10],
                 "seed": protocol["seed"],
             }
@@ -116,6 +121,20 @@ def provenance_table(results: Iterable[Result]) -> pd.DataFrame:
     origins = found.groupby([n for n in found if n not in ("date", "seed")], sort=False)
     listed = {"dates": ("date", _listed), "seeds": ("seed", _listed)}
     return origins.agg(runs=("seed", "size"), **listed).reset_index().T
+
+
+def _then(values: Iterable[str]) -> str:
+    """The environments of a run: one, or those that it was resumed in after it."""
+    return "; then ".join(dict.fromkeys(values))
+
+
+def _hardware(origin: dict[str, Any]) -> str:
+    return ", ".join(origin["gpus"]) or "{cpu}, {cores} cores".format(**origin)
+
+
+def _commit(origin: dict[str, Any]) -> str:
+    git = origin["git"] or {"commit": None, "dirty": None}
+    return (git["commit"] or "unknown")[:10] + " + changes" * bool(git["dirty"])
 
 
 def _listed(values: pd.Series) -> str:

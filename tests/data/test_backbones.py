@@ -189,6 +189,17 @@ def test_a_sentencepiece_tokenizer_names_the_packages_it_takes(
     assert_refused(folder, "SentencePiece", "pip install sentencepiece protobuf")
 
 
+def test_code_in_pickled_weights_is_not_run(folder: Path, tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple:
+            return Path.mkdir, (tmp_path / "was run",)
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Code()}, folder / "pytorch_model.bin")
+    assert_refused(folder, "cannot load it")
+    assert not (tmp_path / "was run").exists()
+
+
 # --- texts to batches ------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from toy_results import run
 
 from bitstack_nb import Protocol, load_results
 from bitstack_nb.cli import main, parser, protocols
@@ -154,3 +155,28 @@ def test_what_stops_a_run_is_told_in_one_line(monkeypatch, capsys, raised, statu
     assert main(["run", "--quiet"]) == status
     error = capsys.readouterr().err
     assert error.startswith(message) and error.count("\n") == 1
+
+
+def figures(tmp_path, **how) -> subprocess.CompletedProcess:
+    """The command ``figures`` on one result, in its own process."""
+    run().save(tmp_path / "runs" / "a.json")
+    command = [sys.executable, "-m", "bitstack_nb", "figures", "runs", "--output=~/drawn"]
+    environment = {**os.environ, "HOME": str(tmp_path), **how.pop("env", {})}
+    return subprocess.run(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, check=False, **how
+    )
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = figures(tmp_path, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_signs_that_a_terminal_cannot_show_are_replaced(tmp_path):
+    env = {"PYTHONIOENCODING": "ascii"}
+    done = figures(tmp_path / "d\u00e9j\u00e0", stdout=subprocess.PIPE, env=env)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"d?j?/drawn" in done.stdout

@@ -1,6 +1,7 @@
 """What is recorded in ``results/``: it says what was run, and keeps what it claims."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,8 @@ def test_packed_runs_equal_the_json_they_were_made_of(file):
     names = [json.loads(line)["name"] for line in (folder / RUNS).open()]
     packed = load_results(folder)[names.index(file.stem)]
     (own,) = load_results(file)
-    for field, value in vars(own).items():
-        assert json.dumps(getattr(packed, field)) == json.dumps(value), field
+    for name, value in asdict(own).items():
+        assert json.dumps(getattr(packed, name)) == json.dumps(value), name
 
 
 def test_the_page_shows_the_comparison_and_counts_the_runs_as_recorded(recorded):

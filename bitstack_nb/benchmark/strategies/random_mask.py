@@ -14,4 +14,4 @@ class RandomMask(Control):
     name, label, order, colour = "random-mask", "random mask", 50, "#DE8F05"
 
     def _scores(self, number: int) -> dict[str, torch.Tensor]:
-        return random_scores(self._stack.masks, seed=1000 * self.protocol.seed + number)
+        return random_scores(self._stack.masks, seed=self.protocol.stage_seed(number))

@@ -43,7 +43,10 @@ class Recall(Strategy):
         self._tasks.begin(name, loader=loader, n_batches=n_batches)
 
     def after_stage(self, number: int, loader: Batches) -> None:
-        self._tasks.close()
+        try:
+            self._tasks.close()
+        except RuntimeError as error:  # diverged; its way out, abandon(), is for loops of one's own
+            raise ValueError(str(error).partition(". abandon")[0]) from error
 
     def model_of(self, task: int) -> AbstractContextManager[nn.Module]:
         return self._tasks.using(self._name(task))

@@ -33,6 +33,6 @@ class Replay(Strategy):
 
 def kept_rows(rows: Dataset, task: int, protocol: Protocol) -> Dataset:
     """Random ``replay_size`` rows of a task, by the protocol's seed; all where there are fewer."""
-    generator = torch.Generator().manual_seed(1000 * protocol.seed + task)
+    generator = torch.Generator().manual_seed(protocol.stage_seed(task))
     kept = torch.randperm(len(rows), generator=generator)[: protocol.replay_size]
     return rows.select(sorted(kept.tolist()))

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitstack_nb import BitStack, bits, kernels
+from bitstack_nb.importance import kth_largest
 
 SIZES = (0, 1, 31, 32, 33, 257, kernels.BLOCK - 1, kernels.BLOCK, kernels.BLOCK + 1, 9000)
 INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -97,6 +98,12 @@ class AgainstMasks(unittest.TestCase):
         }
         self.assertEqual(fused.zero(strange), list(strange))
         self.assertTrue(all(tensor.all() for tensor in strange.values()))
+
+    def test_threshold(self):
+        scores = [torch.rand(size, generator=self.random).floor_divide(1e-4) for size in SIZES]
+        ordered = torch.cat(scores).sort(descending=True).values
+        for k in (1, 4096, len(ordered) // 2, len(ordered)):
+            self.assertEqual(kth_largest(scores, k), ordered[k - 1])
 
 
 class Count(TorchDispatchMode):

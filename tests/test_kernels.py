@@ -10,13 +10,11 @@ from pathlib import Path
 
 # Tests of the method that also run with the kernels, in the interpreter.
 METHOD = [
-    "test_importance.KthLargest.test_equals_sort",
     "test_importance.KthLargest.test_every_k_of_a_small_set",
     "test_importance.KthLargest.test_not_contiguous",
     "test_guarantee.Gradients",
     "test_guarantee.Regimes.test_autocast_with_a_scaler",
     "test_guarantee.Regimes.test_gradient_checkpointing",
-    "test_guarantee.Optimizers.test_lbfgs_closure",
     "test_maskfile.RoundTrip.test_other_defaults",
     "test_guarantee.Optimizers.test_low_and_double_precision",
     "test_guarantee.Optimizers.test_an_optimizer_per_parameter_that_steps_in_backward",

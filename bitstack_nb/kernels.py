@@ -200,8 +200,9 @@ class _Group(_Tables):
             name: tensor
             for name in self._sizes
             if (tensor := tensors.get(name)) is not None
+            and tensor.dtype == self._dtype
+            and tensor.device == self._device
             and _plain(tensor)
-            and (tensor.device, tensor.dtype) == (self._device, self._dtype)
         }
 
     def zero(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -234,7 +235,7 @@ class Fused:
 
     Args:
         parameters: by name.
-        packed: their packed masks, each on its parameter's device.
+        packed: their packed masks; one on another device than its parameter is left alone.
         values: the values of their locked weights; ``take`` needs none.
     """
 
@@ -246,7 +247,14 @@ class Fused:
     ) -> None:
         groups: dict[tuple[torch.device, torch.dtype], dict[str, nn.Parameter]] = {}
         for name, p in parameters.items():
-            if _plain(p) and 0 < p.numel() < 2**31 and work_on(p.device):
+            if (
+                p.is_floating_point()
+                and p.dtype.itemsize in _INTEGERS
+                and 0 < p.numel() < 2**31
+                and _plain(p)
+                and packed[name].device == p.device
+                and work_on(p.device)
+            ):
                 groups.setdefault((p.device, p.dtype), {})[name] = p
         self._groups = [_Group(group, packed, values or {}) for group in groups.values()]
 
@@ -273,7 +281,7 @@ class Fused:
         for group, mine in self._shares(tensors):
             work(group, mine)
             # Autograd must notice, as it notices an operation of torch.
-            torch.autograd.graph.increment_version(mine.values())
+            torch.autograd.graph.increment_version(list(mine.values()))
             left = {name: tensor for name, tensor in left.items() if name not in mine}
         return list(left)
 
@@ -281,7 +289,7 @@ class Fused:
         self, tensors: Mapping[str, torch.Tensor]
     ) -> list[tuple[_Group, dict[str, torch.Tensor]]]:
         """Each group that has something to do, and what."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return []
         shares = [(group, group.fitting(tensors)) for group in self._groups]
         return [(group, mine) for group, mine in shares if mine]
@@ -324,24 +332,14 @@ def work_on(device: torch.device) -> bool:
         return False
 
 
-def can_wait(parameter: nn.Parameter, gradient: torch.Tensor) -> bool:
-    """Whether a gradient in a hook may stay as it is until the backward pass ends.
+def fills_grad() -> bool:
+    """Whether the running backward pass adds plain numbers to ``.grad``; called from a hook.
 
-    Not if it is part of a graph (``create_graph``), if an optimizer may step at once, if
-    ``torch.autograd.grad`` gives it to its caller, or if no kernel could take it.
+    ``torch.autograd.grad`` returns gradients instead, and with ``create_graph`` they are part of a
+    graph.
     """
-    return (
-        _plain(parameter)
-        and type(gradient) is torch.Tensor
-        and (gradient.layout, gradient.dtype) == (torch.strided, parameter.dtype)
-        and not torch.is_grad_enabled()
-        and not parameter._post_accumulate_grad_hooks
-        and _accumulates()
-    )
-
-
-def _accumulates() -> bool:
-    """Whether the gradient of the hook that runs now goes on into ``.grad``."""
+    if torch.is_grad_enabled():
+        return False
     node = torch._C._current_autograd_node()
     try:
         return node is not None and torch._C._will_engine_execute_node(node)
@@ -360,11 +358,9 @@ def after_backward(function: Callable[[], None]) -> None:
 
 
 def _plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a plain block of numbers in memory, of a size that can be copied."""
+    """Whether a tensor is a block of numbers in memory."""
     return (
         type(tensor) in (torch.Tensor, nn.Parameter)
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
-        and tensor.is_floating_point()
-        and tensor.dtype.itemsize in _INTEGERS
     )

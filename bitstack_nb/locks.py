@@ -121,12 +121,10 @@ class Locks:
 
         With ``kernels`` it is None: ``zero_waiting`` zeroes all when the backward pass ends.
         """
-        kernels = kernels_on(gradient.device)
-        if kernels and kernels.can_wait(self.parameters[name], gradient):
-            backward_pass = torch._C._current_graph_task_id()
-            if backward_pass not in self._waiting:
-                kernels.after_backward(self.zero_waiting)
-            self._waiting.setdefault(backward_pass, set()).add(name)
+        waiting = self._waiting_now(gradient.device)
+        # One with such a hook may be stepped by an optimizer before the pass ends.
+        if waiting is not None and not self.parameters[name]._post_accumulate_grad_hooks:
+            waiting.add(name)
             return None
         # A product of numbers would be wrong: inf * 0 is NaN.
         if gradient.device.type != "cpu" or gradient.requires_grad:
@@ -134,6 +132,19 @@ class Locks:
         # On the CPU a product of bit patterns is exact, and three times as fast.
         free = bits.unpack(~self._followed(name), gradient.shape)
         return (bits.pattern(gradient) * free).view(gradient.dtype)
+
+    def _waiting_now(self, device: torch.device) -> set[str] | None:
+        """Names whose gradients are zeroed when the running backward pass ends; None: at once."""
+        kernels = kernels_on(device)
+        if kernels is None:
+            return None
+        backward_pass = torch._C._current_graph_task_id()
+        if backward_pass not in self._waiting:
+            if not kernels.fills_grad():
+                return None
+            kernels.after_backward(self.zero_waiting)
+            self._waiting[backward_pass] = set()
+        return self._waiting[backward_pass]
 
     @torch.no_grad()
     def zero_waiting(self) -> None:
@@ -178,16 +189,14 @@ class Locks:
         return {name: number for name, number in moved.items() if number}
 
     def _fused_for(self, names: Collection[str]) -> Fused | None:
-        """Kernels that handle the locked weights of all parameters in one launch; None on a CPU.
-
-        Masks and values of the named parameters are moved to the parameters' devices first.
-        """
-        for name in names:
-            self._followed(name)
-        kernels = self._kernels() if len(names) > 1 else None  # one alone needs no tables
-        if kernels and self._fused is None:
-            self._fused = kernels.Fused(self.parameters, self._bits, self._values)
-        return self._fused if kernels else None
+        """Kernels that handle the locked weights of all parameters in one launch; None on a CPU."""
+        if len(names) < 2:  # one parameter alone needs no tables
+            return None
+        if self._fused is None and (kernels := self._kernels()):
+            packed = {name: self._followed(name) for name in self.names}
+            held = {name: self.parameters[name] for name in packed}
+            self._fused = kernels.Fused(held, packed, self._values)
+        return self._fused
 
     def _kernels(self) -> ModuleType | None:
         found = (kernels_on(p.device) for p in self.parameters.values())

@@ -87,13 +87,15 @@ class AgainstMasks(unittest.TestCase):
     @torch.no_grad()
     def test_only_the_given_tensors_and_only_what_fits(self):
         some = dict(list(self.weights.items())[5:8])
-        fused = kernels.Fused(self.weights, self.packed)
+        elsewhere = {"torch.float16 33": self.packed["torch.float16 33"].to("meta")}
+        fused = kernels.Fused(self.weights, self.packed | elsewhere)
         self.assertEqual(fused.zero(some), [])
         changed = {n for n, b in self.patterns().items() if not torch.equal(b, self.before[n])}
         self.assertEqual(changed, set(some))
         strange = {
             "special": torch.ones(12)[::2],  # not contiguous
             "torch.float32 33": torch.ones(33, dtype=torch.float64),
+            "torch.float16 33": torch.ones(33, dtype=torch.float16),
             "unknown": torch.ones(3),
         }
         self.assertEqual(fused.zero(strange), list(strange))

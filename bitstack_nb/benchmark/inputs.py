@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from glob import escape
+from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -11,6 +15,7 @@ from datasets import Dataset
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.data.backbones import Backbone, encode, load_backbone
 from bitstack_nb.data.loading import TaskData, load_task
+from bitstack_nb.files import sha256
 
 # Runs that differ in their strategy have the same samples, which are not read anew for each.
 _load_once = lru_cache(maxsize=32)(load_task)
@@ -50,3 +55,21 @@ def load_inputs(protocol: Protocol, device: torch.device) -> Inputs:
     train = [encode(task.train, backbone) for task in tasks]
     test = [encode(task.test, backbone) for task in tasks]
     return Inputs(tasks, backbone, train, test)
+
+
+def changed_file(protocol: Protocol, origin: Mapping[str, Any]) -> Path | None:
+    """A file of data or weights that is here with other bytes than a result was made with.
+
+    Args:
+        protocol: names the folders; files that are not there are passed over.
+        origin: the result's provenance.
+    """
+    folders = [(Path(protocol.model), origin.get("model", {}))]
+    for record in origin.get("data", {}).values():
+        folders.append((Path(protocol.data) / record["dataset"].rpartition("/")[2], record))
+    for folder, record in folders:
+        for name, digest in record.get("sha256", {}).items():
+            for file in folder.expanduser().rglob(escape(name)):
+                if sha256(file) != digest:
+                    return file
+    return None

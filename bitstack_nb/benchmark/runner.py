@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from bitstack_nb.benchmark import stages
+from bitstack_nb.benchmark.inputs import changed_file
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.sequence import TaskSequence
 from bitstack_nb.benchmark.strategies import all_strategies
@@ -54,7 +55,13 @@ def run(
     found = find_device(device)
     if path.exists():
         logger.info("%s is finished already: %s", protocol.name, path)
-        return Result.load(path)
+        result = Result.load(path)
+        if file := changed_file(protocol, result.provenance):
+            raise ValueError(
+                f"{path} was made with another {file} than is there now: choose another output "
+                "folder, or delete the result"
+            )
+        return result
     with undisturbed_rng(found):  # the Trainer seeds the global generators
         sequence = TaskSequence(protocol, found, state, command)
         stages.check_writable(state)  # not after a first stage was trained for nothing

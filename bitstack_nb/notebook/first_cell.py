@@ -86,11 +86,10 @@ def default_output() -> str:
 
 def output_folder(path: str) -> Path:
     """The folder for results, made if missing; on Colab a folder on Google Drive is mounted."""
-    folder = Path(path).expanduser().absolute()
-    drive_folder = Path("/content/drive")
-    if folder.is_relative_to(drive_folder) and not (drive_folder / "MyDrive").is_dir():
+    folder, mounted_at = Path(path).expanduser().resolve(), Path("/content/drive")
+    if folder.is_relative_to(mounted_at) and not mounted_at.is_mount():
         from google.colab import drive  # exists on Colab only, and asks the user for permission
 
-        drive.mount("/content/drive")
+        drive.mount(str(mounted_at))
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -6,9 +6,11 @@ import errno
 import fcntl
 import json
 import logging
+import shutil
 from dataclasses import replace
 
 import pytest
+from toy_data import TASK, write_toy
 
 from bitstack_nb import Protocol, run
 from bitstack_nb.benchmark import sequence, strategy_names
@@ -65,6 +67,23 @@ def test_a_run_has_one_name_however_its_folders_are_written(tmp_path, monkeypatc
         assert len({protocol.name for protocol in protocols}) == 1
     assert protocols[0].name != replace(SMALL, model="texts/m", data="texts").name
     assert replace(SMALL, model="a/b", data="hub").name.endswith("88667a93c3")  # as always
+
+
+def test_a_result_of_other_data_or_weights_is_not_taken(tmp_path, folders):
+    write_toy(tmp_path / "data")
+    model = shutil.copytree(folders["bert"], tmp_path / "model")
+    protocol = replace(SMALL, tasks=(TASK,), data=str(tmp_path / "data"), model=str(model))
+    output = tmp_path / "runs"
+    result = run(protocol, output=output)
+    for file in (tmp_path / "data" / "toy" / "test.parquet", model / "model.safetensors"):
+        before = file.read_bytes()
+        file.write_bytes(before + b"other")
+        with pytest.raises(ValueError, match=f"made with another {file}.*output folder"):
+            run(protocol, output=output)
+        file.write_bytes(before)
+        assert run(protocol, output=output) == result
+        file.unlink()
+        assert run(protocol, output=output) == result
 
 
 def test_home_is_expanded_for_the_output(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The notebook files have the same frame and no leftovers; the first cells' functions work."""
 
 import ast
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -124,9 +125,15 @@ def test_durations_are_in_words():
     assert said == ["0 s", "42 s", "3 min", "80 min", "3 h 1 min"]
 
 
-def test_a_folder_on_drive_is_mounted_first(tmp_path):
+def test_a_folder_on_drive_is_mounted_first(tmp_path, monkeypatch):
     """Off Colab that fails, and no folder is made in its place."""
-    assert output_folder(str(tmp_path / "new" / "runs")).is_dir()
-    with pytest.raises(ImportError):
-        output_folder("/content/drive/MyDrive/bitstack")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert output_folder("~/new/runs") == tmp_path / "new" / "runs"
+    assert (tmp_path / "new" / "runs").is_dir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "drive").symlink_to("/content/drive")
+    whole = "/content/drive/MyDrive/bitstack"
+    for path in (whole, os.path.relpath(whole), "drive/MyDrive/bitstack"):
+        with pytest.raises(ImportError):
+            output_folder(path)
     assert not Path("/content/drive").exists()

@@ -15,6 +15,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.data.tasks import EVALUATIONS, FIVE_TASKS, SAMPLINGS, Task, find_task
 from bitstack_nb.settings import BUDGETS, IMPORTANCES, RANDOM
 
@@ -113,7 +114,7 @@ class Protocol:
         own = set(_strategy(self.strategy).settings)
         if "importance" in own and self.importance == RANDOM:
             own.discard("n_batches")  # random weights are measured on no batches
-        return {name for other in _strategies().values() for name in other.settings} - own
+        return {name for other in all_strategies().values() for name in other.settings} - own
 
     def _normalise(self, foreign: set[str]) -> None:
         """Give protocols that mean the same run the same fields, and so the same name."""
@@ -182,16 +183,11 @@ def _spelled(path: str) -> str:
     return full.as_posix()
 
 
-def _strategies() -> Mapping[str, type[Strategy]]:
-    from bitstack_nb.benchmark.strategies import all_strategies
-
-    return all_strategies()
-
-
 def _strategy(name: str) -> type[Strategy]:
-    if name not in _strategies():
-        raise ValueError(f"strategy is {name!r}, expected one of {', '.join(_strategies())}")
-    return _strategies()[name]
+    known = all_strategies()
+    if name not in known:
+        raise ValueError(f"strategy is {name!r}, expected one of {', '.join(known)}")
+    return known[name]
 
 
 def _check(item: Field, value: Any) -> None:

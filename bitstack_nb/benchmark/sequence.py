@@ -234,7 +234,7 @@ class TaskSequence:
         """Go on from the newest stage that is whole, if there is any stage."""
         saved = stages.saved_stages(self.state)
         for done in saved:
-            folder = stages.stage_folder(self.state, done)
+            folder = self.state / f"stage-{done}"
             if (numbers := stages.read_numbers(folder)) is not None:
                 return self._take_up(numbers, folder)
             logger.warning("%s: stage %d is damaged and passed over", self.state, done)

@@ -58,11 +58,6 @@ def saved_stages(state: Path) -> list[int]:
     return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
 
 
-def stage_folder(state: Path, stage: int) -> Path:
-    """The folder that a stage is saved in."""
-    return state / f"stage-{stage}"
-
-
 def check_writable(state: Path) -> None:
     """Make the folder, or raise an OSError that says to choose another."""
     try:
@@ -79,7 +74,7 @@ def saving(state: Path, stage: int, numbers: Mapping[str, Any]) -> Iterator[Path
 
     When the body raises, as on a full disk, the files that it has written are removed.
     """
-    folder = stage_folder(state, stage)
+    folder = state / f"stage-{stage}"
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -91,7 +86,7 @@ def saving(state: Path, stage: int, numbers: Mapping[str, Any]) -> Iterator[Path
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(stage_folder(state, stage - 2), ignore_errors=True)
+    shutil.rmtree(state / f"stage-{stage - 2}", ignore_errors=True)
 
 
 def read_numbers(folder: Path) -> dict[str, Any] | None:
@@ -115,12 +110,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 def check_origin(before: Mapping[str, Any], now: Mapping[str, Any], state: Path) -> None:
-    """Raise a ValueError if a run was begun with other data, model or device than are here.
-
-    Args:
-        before, now: a result's provenance, as it was then and as it is here.
-        state: the run's folder.
-    """
+    """Raise a ValueError if a run was begun with other data, model or device than are here."""
     for what in ("data", "model", "device"):
         if before[what] != now[what]:
             raise ValueError(

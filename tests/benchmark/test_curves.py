@@ -47,14 +47,6 @@ def test_the_record_is_within_a_tenth_of_a_point(curves, budget):
         assert np.allclose(read.overlap(sparsity), curves.overlap(sparsity), atol=1e-12)
 
 
-def test_more_sparsity_and_more_tasks_lock_more(curves):
-    for locked in curves.locked.values():
-        assert (np.diff(locked, axis=0) >= 0).all()
-        assert (np.diff(locked, axis=2) >= 0).all()
-        assert locked[:, :, -1].max() > 0
-    assert (curves.locked["fresh"][-1].sum(0) >= curves.locked["union"][-1].sum(0)).all()
-
-
 def test_overlap_is_the_jaccard_index_of_what_tasks_chose(curves):
     stacks = [BitStack(tiny.gpt2(), 0.12) for _ in LOADERS]
     chosen = []

@@ -111,7 +111,6 @@ def test_importing_protocols_loads_no_heavy_library():
         ({"epochs": 0}, "epochs is 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1"),
         ({"data": "hub"}, "tiny-gpt2.*pretrained"),
-        ({"sampling": "tail"}, "tail.*head"),
         ({"evaluate_on": "train"}, "train.*heldout"),
         ({"strategy": "bitstack", "sparsity": 1.2}, "sparsity is 1.2"),
         ({"strategy": "bitstack", "budget": "new"}, "new.*fresh"),
@@ -121,10 +120,7 @@ def test_importing_protocols_loads_no_heavy_library():
         ({"strategy": "ewc", "strength": -1}, "strength is -1.*0 on"),
         ({"strategy": "lora", "rank": 0}, "rank is 0.*at least 1"),
         ({"strategy": "replay", "replay_size": 0.5}, "replay_size is 0.5.*whole"),
-        ({"strategy": "ewc", "n_batches": -1}, "n_batches is -1.*at least 1"),
         ({"strategy": "lora", "head_steps": -1}, "head_steps is -1.*at least 0"),
-        ({"warmup_steps": 0.5}, "warmup_steps is 0.5.*whole"),
-        ({"weight_decay": -0.1}, "weight_decay is -0.1.*0 on"),
     ],
 )
 def test_wrong_settings_say_what_to_do(settings, message):

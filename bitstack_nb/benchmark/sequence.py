@@ -110,7 +110,7 @@ class TaskSequence:
                 mixed(rows),
                 self.collate,
                 protocol=self.protocol,
-                seed=self._seed(number),
+                seed=self.protocol.stage_seed(number),
                 device=self.device,
                 callbacks=[*self.strategy.callbacks(), ProgressBar(bar)],
             )
@@ -169,7 +169,7 @@ class TaskSequence:
             mixed(rows),
             batch_size=self.protocol.batch_size,
             shuffle=True,
-            generator=torch.Generator().manual_seed(self._seed(number)),
+            generator=torch.Generator().manual_seed(self.protocol.stage_seed(number)),
             collate_fn=self.collate,
         )
 
@@ -177,10 +177,6 @@ class TaskSequence:
         """The model with a task's head."""
         place(self.model, self.heads[task])
         return self.model
-
-    def _seed(self, number: int) -> int:
-        """A seed of its own for each stage, so that a resumed run repeats it exactly."""
-        return self.protocol.stage_seed(number)
 
     def steps(self, stage: list[int]) -> int:
         """Steps of training on a stage."""

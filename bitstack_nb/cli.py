@@ -9,6 +9,7 @@ import argparse
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields, replace
@@ -90,6 +91,8 @@ def _sweep(options: argparse.Namespace) -> None:
     from bitstack_nb.benchmark.sweeps import sweep
     from bitstack_nb.results.result import load_results
 
+    # A batch system ends a sweep so; it ends its runs then, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     names = {protocol.name: protocol for protocol in protocols(options)}
     failed = sweep(
         list(names.values()),

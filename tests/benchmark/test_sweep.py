@@ -1,6 +1,7 @@
 """Many runs at once: the results of one by one, each made once, whatever is killed meanwhile."""
 
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -130,3 +131,18 @@ def test_a_backend_says_what_it_needs(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"pip install {package}"):
             sweep(FOUR, backend=backend, **how)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_runs_of_a_sweep_end_with_it(tmp_path):
+    """SIGTERM, as of a batch system, goes to the sweep alone."""
+    command = [sys.executable, "-m", "bitstack_nb", "sweep", *OPTIONS, "--epochs=500", "--jobs=2"]
+    sweeping = psutil.Popen([*command, "--output", tmp_path], stderr=subprocess.PIPE)
+    while len([*tmp_path.glob("*.lock")]) < 2:
+        assert sweeping.poll() is None
+        time.sleep(0.1)
+    workers = sweeping.children(recursive=True)
+    sweeping.terminate()
+    assert sweeping.wait(60) == 130
+    assert b"continues after the last finished task" in sweeping.stderr.read()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive

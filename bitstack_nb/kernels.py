@@ -9,8 +9,10 @@ two tables on the device describe the work:
 - ``blocks``, one row per block: its tensor, and how many of the tensor's weights are locked before.
 
 Weights are copied as integers of their size. So every bit is kept, a NaN's too, and no GPU needs
-instructions for the dtype. ``Locks`` imports this module only where the kernels can run; the tests
-run them on a CPU, in Triton's interpreter (``TRITON_INTERPRET=1``).
+instructions for the dtype. The histogram of scores for the exact threshold is made in the same way.
+
+``gpu`` imports this module only for a device that runs the kernels. Tests run them on a CPU, in
+Triton's interpreter (``TRITON_INTERPRET=1``).
 """
 
 from __future__ import annotations

@@ -137,19 +137,18 @@ def _draw(results: Sequence[Path], output: Path) -> None:
 
 
 def _cost(options: argparse.Namespace) -> None:
+    from bitstack_nb import cost
     from bitstack_nb.benchmark.training import find_device
-    from bitstack_nb.cost.report import CostReport, cost_table, measure_costs, measure_growth
     from bitstack_nb.results.tables import format_table
 
     device = find_device(options.device).type
     path = options.output / f"{device}.json"
-    report = CostReport.load(path) if path.exists() else CostReport(device=device)
+    report = cost.CostReport.load(path) if path.exists() else cost.CostReport(device=device)
     rounds = {} if options.rounds is None else {"rounds": options.rounds}
-    measure = measure_costs if options.part == "costs" else measure_growth
-    measure(report, progress=not options.quiet, **rounds)
+    getattr(cost, f"measure_{options.part}")(report, progress=not options.quiet, **rounds)
     report.save(path)
     if report.costs:
-        print(f"\n{format_table(cost_table(report).round(3))}\n")
+        print(f"\n{format_table(cost.cost_table(report).round(3))}\n")
     print(f"In full: {path}")
 
 
@@ -295,8 +294,9 @@ def _add_figures(commands: argparse._SubParsersAction) -> None:
 def _add_cost(commands: argparse._SubParsersAction) -> None:
     text = "measure what locking costs in time and memory, on GPT-2's architecture"
     parser = _add(commands, "cost", text, _cost, "results/cost-here")
-    parts = "costs if not given; growth: over sizes and tasks"
-    parser.add_argument("part", choices=("costs", "growth"), nargs="?", default="costs", help=parts)
+    text = "costs (of locking) if not given; recall: exact recall's; growth: over sizes and tasks"
+    parts = ("costs", "recall", "growth")
+    parser.add_argument("part", choices=parts, nargs="?", default="costs", help=text)
     parser.add_argument("--rounds", type=int, metavar="N", help="measurements of each time")
     _add_device(parser)
 

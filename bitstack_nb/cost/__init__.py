@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "cost_table": "report",
         "measure_costs": "report",
         "measure_growth": "report",
+        "measure_recall": "report",
         "cost_growth": "plots",
         "write_cost_figures": "plots",
     },

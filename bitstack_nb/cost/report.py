@@ -1,6 +1,7 @@
 """The costs of one machine: measured, kept as JSON, and shown in a table beside their limits.
 
-``python -m bitstack_nb cost`` measures the costs, ``cost growth`` how they grow.
+``python -m bitstack_nb cost`` measures the costs of locking, ``cost recall`` those of exact recall,
+``cost growth`` how both grow.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class CostReport:
         costs: by the names of LIMITS: ``value``, and for times ``seconds`` (per work, a number per
             round) and ``plain`` (the ratio of the plain implementation, if it has one).
         growth: records with ``what``, ``parameters``, ``tasks`` and ``ratio``.
-        provenance: by part (``costs``, ``growth``), as in a ``Result``.
+        provenance: by part (``costs``, ``recall``, ``growth``), as in a ``Result``.
     """
 
     device: str
@@ -91,21 +92,47 @@ def measure_costs(
     rounds: int = 7,
     progress: bool = False,
 ) -> None:
-    """Measure every cost on a GPT-2 of this size (the defaults are its 124 M parameters).
+    """Measure the costs of locking on a GPT-2 of this size (the defaults are its 124 M parameters).
 
     Takes some minutes, in which nothing else should run on the machine.
     """
-    origin, shape = provenance(), {"layers": layers, "width": width}
+    shape = {"layers": layers, "width": width}
     model = measure.gpt2(**shape)
     eligible = measure.BitStack(model, measure.SPARSITY).stats()["eligible"]
     size = {"parameters": _parameters(model), "eligible": eligible}
     costs = _costs(shape, eligible, tasks=tasks, rounds=rounds, device=report.device)
-    with tqdm(costs, total=len(LIMITS), disable=not progress, unit="cost") as bar:
+    _measure(report, "costs", costs, progress=progress)
+    report.model = {**shape, "tasks": tasks, "rounds": rounds, **size}
+
+
+def measure_recall(
+    report: CostReport,
+    *,
+    layers: int = 12,
+    width: int = 768,
+    tasks: int = 5,
+    rounds: int = 7,
+    progress: bool = False,
+) -> None:
+    """Measure the costs of exact recall, as ``measure_costs`` does those of locking."""
+    shape = {"layers": layers, "width": width}
+    costs = _recall_costs(shape, tasks=tasks, rounds=rounds, device=report.device)
+    _measure(report, "recall", costs, progress=progress)
+
+
+def _measure(
+    report: CostReport,
+    part: str,
+    costs: Iterator[tuple[str, dict[str, Any]]],
+    *,
+    progress: bool,
+) -> None:
+    origin = provenance()
+    with tqdm(costs, disable=not progress, unit="cost") as bar:
         for name, found in bar:
             bar.set_description(name)
             report.costs[name] = found
-    report.model = {**shape, "tasks": tasks, "rounds": rounds, **size}
-    report.provenance["costs"] = origin
+    report.provenance[part] = origin
 
 
 def _costs(
@@ -117,12 +144,6 @@ def _costs(
     # Three times the rounds, because steps vary by as much as a lock costs.
     yield "training step", _timed(measure.training_step(fresh(), tasks=tasks, rounds=3 * rounds))
     yield "update", _timed(measure.update(fresh(), rounds=rounds))
-    yield "recall step", _timed(measure.recall_step(fresh(), rounds=rounds))
-    yield "recall switch", _timed(measure.recall_switch(fresh(), tasks=tasks, rounds=rounds))
-    for name, share in (("recall switch, 5 %", 0.05), ("recall switch, 0.1 %", 0.001)):
-        model, short = measure.minilm().to(device), {"rows": 1, "length": 32}
-        times = measure.recall_switch(model, sparsity=share, rounds=10 * rounds, **short)
-        yield name, _timed(times)
     yield "threshold", _timed(measure.threshold(eligible, rounds=rounds, device=device))
     yield "import", _timed(processes.importing(rounds=rounds))
     memory, disk = processes.mask_bits(measure.locked_stack(fresh(), tasks=1))
@@ -131,8 +152,22 @@ def _costs(
     yield "threshold, memory", {"value": processes.threshold_memory(eligible, device=device)}
     added = processes.training_memory(**shape, tasks=tasks, device=device)
     yield "training, memory", {"value": added}
+
+
+def _recall_costs(
+    shape: dict[str, int], *, tasks: int, rounds: int, device: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    def fresh() -> nn.Module:
+        return measure.gpt2(**shape).to(device)
+
+    yield "recall step", _timed(measure.recall_step(fresh(), rounds=rounds))
     yield "recall, optimizer state", {"value": measure.optimizer_state(fresh())}
     yield "recall, memory", {"value": processes.recall_memory(**shape, device=device)}
+    yield "recall switch", _timed(measure.recall_switch(fresh(), tasks=tasks, rounds=rounds))
+    for name, share in (("recall switch, 5 %", 0.05), ("recall switch, 0.1 %", 0.001)):
+        model, short = measure.minilm().to(device), {"rows": 1, "length": 32}
+        times = measure.recall_switch(model, sparsity=share, rounds=10 * rounds, **short)
+        yield name, _timed(times)
 
 
 def _timed(times: measure.Times) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from transformers import TrainerCallback
 
 from bitstack_nb.guard import Guard
 
@@ -18,27 +19,15 @@ class GuardCallback(TrainerCallback):
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, *_: Any, optimizer: torch.optim.Optimizer, **__: Any) -> None:
         """Attach the guard to the Trainer's optimizer.
 
         Raises:
             ValueError: the Trainer trains another model than the guarded one.
         """
-        self._guard.attach(kwargs["optimizer"])
+        self._guard.attach(optimizer)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """Check that no locked weight moved.
 
         Raises:
@@ -56,32 +45,20 @@ class ExactRecallCallback(TrainerCallback):
     def __init__(self, tasks: ExactRecall) -> None:
         self._tasks = tasks
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, *_: Any, optimizer: torch.optim.Optimizer, **__: Any) -> None:
         """Let the own weights take gradients from now on.
 
         Raises:
             RuntimeError: no task is open, or the optimizer was made before the task began.
         """
         own, _ = self._tasks.parameters()
-        held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not held.issuperset(map(id, own["params"])):
             raise RuntimeError(
                 "the Trainer's optimizer does not hold the task's own weights: make a Trainer of "
                 "tasks' model after begin()"
             )
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """Let the model's own weights take no gradient, so that the next Trainer may be made."""
         self._tasks.pause()

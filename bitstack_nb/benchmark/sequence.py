@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
@@ -26,11 +27,12 @@ from bitstack_nb.benchmark import drift, stages
 from bitstack_nb.benchmark.inputs import load_inputs
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.strategies import all_strategies
-from bitstack_nb.benchmark.training import MultiHead, ProgressBar, accuracy, mixed, train
+from bitstack_nb.benchmark.training import MultiHead, ProgressBar, mixed, predict, train
 from bitstack_nb.data.backbones import collate
 from bitstack_nb.fitting import fit_head
 from bitstack_nb.head import labelled, part_names, place, present
 from bitstack_nb.results import metrics
+from bitstack_nb.results.predictions import as_text
 from bitstack_nb.results.provenance import peak_memory, provenance
 from bitstack_nb.results.result import Result
 
@@ -65,6 +67,10 @@ class TaskSequence:
         self.numbers: dict[str, Any] = {
             "stages_done": 0,
             "matrix": [[None] * len(protocol.tasks) for _ in protocol.tasks],
+            "predictions": [
+                {"task": task.name, "labels": as_text(rows["labels"]), "learnt": None}
+                for task, rows in zip(protocol.tasks, self.test_data, strict=True)
+            ],
             "lock_stats": [],
             "steps": [],
             "times": {"begin": [], "train": [], "update": [], "evaluate": []},
@@ -129,13 +135,25 @@ class TaskSequence:
         with self._timed("evaluate"):
             for task in range(last + 1):
                 with self.strategy.model_of(task):
-                    row[task] = self.accuracy_of(task, bar)
+                    found = self._predict(task, bar)
+                row[task] = self._accuracy(task, found)
+                kept = self.numbers["predictions"][task]
+                kept["final"] = as_text(found)
+                if task == last:
+                    kept["learnt"] = kept["final"]
         shown = " ".join(f"{value:.1f}" for value in row[: last + 1])
         logger.info("%s after task %d: %s", self.protocol.name, last + 1, shown)
 
     def accuracy_of(self, task: int, bar: tqdm) -> float:
         """Percent of a task's test examples that the present backbone classifies rightly."""
-        return accuracy(
+        return self._accuracy(task, self._predict(task, bar))
+
+    def _accuracy(self, task: int, predicted: np.ndarray) -> float:
+        return 100 * float(np.mean(predicted == np.array(self.test_data[task]["labels"])))
+
+    def _predict(self, task: int, bar: tqdm) -> np.ndarray:
+        """The label that the present backbone gives to each of a task's test texts."""
+        return predict(
             self._use_head(task),
             self.test_data[task],
             self.collate,
@@ -268,6 +286,7 @@ class TaskSequence:
             protocol=self.protocol.to_dict(),
             matrix=self.numbers["matrix"],
             metrics=metrics.summarize(self.numbers["matrix"]),
+            predictions=self.numbers["predictions"],
             locks=self.strategy.layer_records(),
             lock_stats=self.numbers["lock_stats"],
             importance=self.strategy.importance_record(),

@@ -105,8 +105,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     """What is here of an environment, where it is not what a run was begun with or resumed in."""
     for resumed in before.get("resumed", []):
         before = {**before, **resumed}
-    names = ("python", "platform", "cpu", "cores", "torch_threads", "gpus", "packages", "git")
-    return {name: now[name] for name in names if now[name] != before.get(name)}
+    names = ("python", "platform", "cpu", "cores", "torch_threads", "gpus", "packages")
+    return {name: now[name] for name in (*names, "git", "code") if now[name] != before.get(name)}
 
 
 def check_origin(before: Mapping[str, Any], now: Mapping[str, Any], state: Path) -> None:

@@ -128,7 +128,7 @@ def _set_head_rate(trainer: Trainer, rate: float) -> None:
 
 
 @torch.no_grad()
-def accuracy(
+def predict(
     model: nn.Module,
     data: Dataset,
     collate: Collate,
@@ -136,14 +136,15 @@ def accuracy(
     protocol: Protocol,
     device: torch.device,
     bar: tqdm,
-) -> float:
-    """Percent of the examples that the model classifies as labelled; it is left in evaluation mode.
+) -> numpy.ndarray:
+    """The label that the model gives to each example: int64 ``[examples]``, in the data's order.
 
-    Batches are four times those of training, in training's precision.
+    Batches are four times those of training, in training's precision. The model is left in
+    evaluation mode.
     """
-    # Sorted, so that a batch needs little padding.
-    ordered = data.select(numpy.argsort(data["length"]).tolist())
-    half, right = half_precision(device), 0
+    order = numpy.argsort(data["length"])  # then a batch needs little padding
+    ordered = data.select(order.tolist())
+    half, labels = half_precision(device), []
     model.eval()
     with torch.autocast(device.type, dtype=half, enabled=half is not None):
         for batch in DataLoader(ordered, batch_size=4 * protocol.batch_size, collate_fn=collate):
@@ -154,9 +155,11 @@ def accuracy(
                     f"training diverged: the model gives {logits[~logits.isfinite()][0]} for test "
                     "texts; try a lower learning rate"
                 )
-            right += int((logits.argmax(-1) == own["labels"]).sum())
+            labels += logits.argmax(-1).tolist()
             bar.update(1)
-    return 100 * (right / len(data))
+    found = numpy.empty(len(data), dtype=numpy.int64)
+    found[order] = labels
+    return found
 
 
 def half_precision(device: torch.device) -> torch.dtype | None:

@@ -1,8 +1,9 @@
 """Many results in two files: ``runs.jsonl``, one run per line, and ``arrays.npz``, their tables.
 
 ``locks`` and ``importance`` are tables of many rows, equal in most runs. In a line each column of
-them is the name of an array, and an array that several runs share is stored once. A large value
-that an earlier line has too (``_SHARED``) is ``{"as in line": N}``.
+them is the name of an array, and an array that several runs share is stored once. So are the labels
+of test texts, true and predicted. A large value that an earlier line has too (``_SHARED``) is
+``{"as in line": N}``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from bitstack_nb.results.predictions import as_text, numbers
+
 RUNS, ARRAYS = "runs.jsonl", "arrays.npz"
 _SHARED = (
     ("protocol", "tasks"),
@@ -22,7 +25,9 @@ _SHARED = (
     ("provenance", "model"),
     ("provenance", "data"),
 )
-_CURVES = ("selected", "union", "fresh")  # columns of importance that hold numbers as text
+# Columns of importance, and of predictions, that hold numbers as text.
+_CURVES = ("selected", "union", "fresh")
+_LABELS = ("labels", "learnt", "final")
 _NO_LAYER = -1  # for None in a column of numbers
 
 
@@ -38,6 +43,8 @@ def pack(records: Mapping[str, dict[str, Any]], folder: Path) -> None:
         line = {"name": name} | record | {"locks": _pack_table(record["locks"], arrays)}
         if record.get("importance"):
             line["importance"] = _pack_importance(record["importance"], arrays)
+        if record.get("predictions"):
+            line["predictions"] = [_pack_labels(own, arrays) for own in record["predictions"]]
         for field, key in _SHARED:
             if key in line[field]:
                 before = first.setdefault(json.dumps([field, key, line[field][key]]), number)
@@ -68,6 +75,8 @@ def unpack(file: Path) -> list[dict[str, Any]]:
             record["locks"] = _unpack_table(record["locks"], arrays)
             if record.get("importance"):
                 record["importance"] = _unpack_importance(record["importance"], arrays)
+            if found := record.get("predictions"):
+                record["predictions"] = [_unpack_labels(own, arrays) for own in found]
             records.append(record)
     return records
 
@@ -91,6 +100,17 @@ def _unpack_importance(packed: dict[str, Any], arrays: np.lib.npyio.NpzFile) -> 
         "cells": [row | {name: " ".join(map(str, row[name])) for name in _CURVES} for row in cells],
         "shared": _unpack_table(packed["shared"], arrays),
     }
+
+
+def _pack_labels(own: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A task's predictions, with the names of arrays in place of labels."""
+    texts = {name: own[name] for name in _LABELS if own[name] is not None}
+    return own | {name: _store(numbers(text).tolist(), arrays) for name, text in texts.items()}
+
+
+def _unpack_labels(packed: dict[str, Any], arrays: np.lib.npyio.NpzFile) -> dict[str, Any]:
+    stored = {name: packed[name] for name in _LABELS if packed[name] is not None}
+    return packed | {name: as_text(arrays[array]) for name, array in stored.items()}
 
 
 def _pack_table(rows: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -49,6 +50,7 @@ def provenance(*, command: str | None = None) -> dict[str, Any]:
         # From the code: a clone that was not installed (Colab) has no metadata.
         "packages": {"bitstack_nb": __version__} | {name: _version(name) for name in PACKAGES},
         "git": git_state(CODE),
+        "code": code_digest(CODE.parent),
     }
 
 
@@ -91,6 +93,18 @@ def _cpu_model() -> str | None:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return next(iter(names), None) or platform.processor() or platform.machine() or None
+
+
+def code_digest(package: Path) -> str:
+    """SHA-256 over the names and contents of a package's Python files.
+
+    It tells two states of the code apart that git calls by one commit, or that have no commit.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"{file.relative_to(package).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def git_state(file: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from bitstack_nb.results.plain_json import plain, render
 
 FORMAT = 1
 _UTF8 = "utf-8-sig"  # with or without the byte order mark of some editors
-_LISTS = ("matrix", "locks", "lock_stats")  # the other fields are dicts
+_LISTS = ("matrix", "predictions", "locks", "lock_stats")  # the other fields are dicts
 
 
 class ResultError(ValueError):
@@ -33,6 +33,10 @@ class Result:
         matrix: accuracies in percent, see ``metrics``. It is None only where
             ``provenance["published"]`` names the source of numbers that were not measured here.
         metrics: name -> value or None.
+        predictions: per task, in training order, its name as ``task`` and labels as text:
+            ``labels``, those of the test texts; ``learnt`` and ``final``, the predicted ones just
+            after the task was trained (None: not measured) and after the last task. Runs that were
+            recorded without them have none.
         locks: the records of the last ``layer_table()``.
         lock_stats: ``stats()`` after each task.
         importance: what other sparsities would have locked, the record of a ``LockCurves``.
@@ -52,6 +56,7 @@ class Result:
     protocol: dict[str, Any]
     matrix: list[list[float | None]] | None
     metrics: dict[str, float | None]
+    predictions: list[dict[str, str | None]] = field(default_factory=list)
     locks: list[dict[str, Any]] = field(default_factory=list)
     lock_stats: list[dict[str, Any]] = field(default_factory=list)
     importance: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +77,7 @@ class Result:
         self._check_protocol()
         self._check_numbers()
         self._check_matrix()
+        self._check_predictions()
 
     def _check_protocol(self) -> None:
         if not isinstance(self.protocol.get("strategy"), str):
@@ -116,6 +122,15 @@ class Result:
         tasks = self.protocol.get("tasks")
         if tasks is not None and len(tasks) != size:
             raise ResultError(f"the matrix has {size} rows, but protocol names {len(tasks)} tasks")
+
+    def _check_predictions(self) -> None:
+        kinds = {"task": str, "labels": str, "learnt": str | None, "final": str}
+        for own in self.predictions:
+            if not isinstance(own, dict) or own.keys() != kinds.keys():
+                raise ResultError(f"predictions must be dicts of {[*kinds]}, got {own!r:.80}")
+            for name, kind in kinds.items():
+                if not isinstance(own[name], kind):
+                    raise ResultError(f"predictions.{name} must be text, got {own[name]!r:.80}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON that can be read by eye; ``path`` is whole, or as it was before.

@@ -19,11 +19,12 @@ from toy_data import TASK, write_toy
 from bitstack_nb import Protocol, Task, load_results, run, stack
 from bitstack_nb.benchmark import sequence, training
 from bitstack_nb.benchmark.inputs import load_inputs
-from bitstack_nb.benchmark.training import MultiHead, accuracy
+from bitstack_nb.benchmark.training import MultiHead, predict
 from bitstack_nb.data.backbones import collate, encode, load_backbone
 from bitstack_nb.data.loading import load_task
 from bitstack_nb.data.tasks import find_task
 from bitstack_nb.head import labelled, place, present
+from bitstack_nb.results.predictions import numbers
 
 # Small enough for seconds, large enough that every stage trains and locks something.
 SMALL = Protocol(
@@ -64,6 +65,21 @@ def test_matrix_is_measured_where_it_can_be(results, strategy):
             measured = trained in rows and task <= trained
             assert (matrix[trained][task] is not None) == measured
     assert all(0 <= a <= 100 for row in matrix for a in row if a is not None)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_predictions_give_the_accuracies_of_the_matrix(results, strategy):
+    result = results[strategy]
+    test = load_inputs(STRATEGIES[strategy], torch.device("cpu")).test
+    for at, own in enumerate(result.predictions):
+        assert own["task"] == result.protocol["tasks"][at]["name"]
+        labels = numbers(own["labels"])
+        assert labels.tolist() == test[at]["labels"][:]
+        for text, expected in (
+            (own["learnt"], result.matrix[at][at]),
+            (own["final"], result.matrix[-1][at]),
+        ):
+            assert (text and 100 * (numbers(text) == labels).mean()) == expected
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -133,11 +149,11 @@ def test_a_model_per_task_forgets_nothing(tmp_path, monkeypatch, strategy):
         handle = model.register_forward_hook(lambda *io: own.append(io[2].logits.clone()))
         logits.append(own)
         try:
-            return accuracy(model, *args, **kwargs)
+            return predict(model, *args, **kwargs)
         finally:
             handle.remove()
 
-    monkeypatch.setattr(sequence, "accuracy", watched)
+    monkeypatch.setattr(sequence, "predict", watched)
     result = run(STRATEGIES[strategy], output=tmp_path)
     assert len(logits) == 6
     for first, *later in ((0, 1, 3), (2, 4)):
@@ -262,7 +278,7 @@ def test_what_each_strategy_saves_is_enough_to_go_on(results, tmp_path, monkeypa
     assert not list(tmp_path.glob("*.json"))
     torch.manual_seed(12345)  # the new process starts from another state
     resumed = run(protocol, output=tmp_path)
-    for part in ("matrix", "locks", "importance", "drift", "storage"):
+    for part in ("matrix", "predictions", "locks", "importance", "drift", "storage"):
         assert getattr(resumed, part) == getattr(results[strategy], part), part
     assert [item.name for item in tmp_path.iterdir()] == [f"{protocol.name}.json"]
 
@@ -362,7 +378,7 @@ def test_half_precision_is_on_in_every_stage_and_evaluation(tmp_path, monkeypatc
         return call
 
     monkeypatch.setattr(sequence, "train", watched("train", sequence.train))
-    monkeypatch.setattr(sequence, "accuracy", watched("evaluate", sequence.accuracy))
+    monkeypatch.setattr(sequence, "predict", watched("evaluate", sequence.predict))
     monkeypatch.setattr(stack, "measure", watched("update", stack.measure))
     run(replace(TWO.with_strategy("bitstack"), train_size=16), output=tmp_path)
     assert {name: set(seen) for name, seen in dtypes.items()} == {

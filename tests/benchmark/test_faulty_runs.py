@@ -14,6 +14,7 @@ from toy_data import TASK, write_toy
 
 from bitstack_nb import Protocol, run
 from bitstack_nb.benchmark import sequence, strategy_names
+from bitstack_nb.results.provenance import CODE, code_digest
 
 SMALL = Protocol(
     tasks=("imdb", "ag_news"),
@@ -108,14 +109,16 @@ def test_a_run_resumed_elsewhere_names_both_environments(tmp_path, monkeypatch, 
     (state,) = tmp_path.glob("*.state/stage-1/numbers.json")
     numbers = json.loads(state.read_text())
     numbers["origin"] |= {"gpus": ["Tesla T4"], "git": {"commit": "0" * 40, "dirty": False}}
+    first = numbers["origin"]["code"] = "1" * 64
     state.write_text(json.dumps(numbers))
     with caplog.at_level(logging.WARNING):
         origin = run(SMALL, output=tmp_path).provenance
-    assert "goes on with another gpus, git" in caplog.text
+    assert "goes on with another gpus, git, code" in caplog.text
     assert origin["gpus"] == ["Tesla T4"]
     (resumed,) = origin["resumed"]
-    assert {"stage", "date", "gpus", "git"} == resumed.keys()
+    assert {"stage", "date", "gpus", "git", "code"} == resumed.keys()
     assert (resumed["stage"], resumed["gpus"]) == (1, [])
+    assert origin["code"] == first and resumed["code"] == code_digest(CODE.parent)
 
 
 def test_a_file_system_without_locks_is_named_with_a_way_out(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ PHASES = {
     "saving": (TaskSequence.save_stage, 3),
     "saving the result": (Result.save, 1),
 }
-SAME = ("matrix", "metrics", "locks", "lock_stats", "importance", "storage", "drift")
+SAME = ("matrix", "metrics", "predictions", "locks", "lock_stats", "importance", "storage", "drift")
 
 
 class Clock:

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import torch
 
-from bitstack_nb.results.provenance import CODE, git_state, provenance
+from bitstack_nb.results.provenance import CODE, code_digest, git_state, provenance
 
 
 def test_provenance_describes_this_process_and_leaves_the_rng():
@@ -46,3 +46,6 @@ def test_provenance_knows_the_commit_and_whether_the_code_differs(tmp_path):
     assert git_state(file) == clean
     (file.parent / "more.py").write_text("y = 2")
     assert git_state(file) == clean | {"dirty": True}
+    before = code_digest(tmp_path / "package")
+    file.write_text("x = 2")
+    assert code_digest(tmp_path / "package") != before

@@ -73,6 +73,11 @@ def without(key):
         (change(metrics={"forgetting": "3 %"}), "metrics.forgetting must be a number"),
         (change(matrix=None), "published"),
         (change(matrix=[[1.0]]), "1 rows.*3 tasks"),
+        (change(predictions=[{"task": "imdb"}]), "predictions must be dicts of .*final"),
+        (
+            change(predictions=[{"task": "a", "labels": [1], "learnt": None, "final": "1"}]),
+            "predictions.labels must be text",
+        ),
     ],
 )
 def test_a_damaged_file_is_named_with_its_problem(tmp_path, damage, words):
@@ -115,7 +120,7 @@ def test_load_results_names_what_is_wrong(tmp_path):
 @pytest.fixture
 def packed(tmp_path):
     """Three results, packed in a folder."""
-    results = {"a": run(seed=0), "b": run(seed=1), "c": run("finetune")}
+    results = {"a": run(seed=0), "b": run(seed=1), "c": run("joint")}
     for name, result in results.items():
         result.save(tmp_path / name)
     pack({name: json.loads((tmp_path / name).read_text()) for name in results}, tmp_path / "packed")

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         "find_task": "tasks",
         "load_task": "loading",
         "DataError": "errors",
-        "BackboneError": "errors",
+        "BackboneError": "backbones",
         "load_backbone": "backbones",
         "encode": "backbones",
         "collate": "backbones",

@@ -6,19 +6,15 @@ token columns to padded batches. The heads of the tasks are in ``bitstack_nb/hea
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import datasets
 import torch
 import transformers
-from torch import nn
 
-from bitstack_nb.data.errors import BackboneError
-from bitstack_nb.data.pretrained import load_pretrained
+from bitstack_nb.pretrained import BackboneError, collator, load_pretrained, positions, prepare
 
 TINY = "tiny-gpt2"
 
@@ -64,13 +60,13 @@ def load_backbone(name: str, *, max_length: int, seed: int) -> Backbone:
         # torch.manual_seed would also reseed every GPU, which the fork leaves out.
         torch.default_generator.manual_seed(seed)
         model, tokenizer, source = _build_tiny(seed) if name == TINY else load_pretrained(name)
-    limit = _positions(model)
+    limit = positions(model)
     if limit is not None and max_length > limit:
         raise BackboneError(
             f"{name}: max_length {max_length} is more than the model's {limit} positions;"
             f" use at most {limit}"
         )
-    _prepare(model, tokenizer, name)
+    prepare(model, tokenizer, name)
     count = sum(parameter.numel() for parameter in model.base_model.parameters())
     return Backbone(
         model=model,
@@ -120,70 +116,7 @@ def collate(backbone: Backbone) -> Callable[[list[Mapping[str, Any]]], dict[str,
     have one, ``task`` ``[rows]``. Decoders are padded on the left, and ``position_ids`` count from
     each row's first token, so that the logits do not depend on the amount of padding.
     """
-    positions = _is_decoder(backbone.model) and "position_ids" in _forward_names(backbone.model)
-    # A partial of a module's function can be pickled for the workers of a data loader.
-    return partial(_pad, tokenizer=backbone.tokenizer, positions=positions)
-
-
-def _pad(
-    rows: list[Mapping[str, Any]],
-    *,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    positions: bool,
-) -> dict[str, torch.Tensor]:
-    inputs = [name for name in tokenizer.model_input_names if name in rows[0]]
-    columns = {name: [row[name] for row in rows] for name in inputs}
-    batch = dict(tokenizer.pad(columns, return_tensors="pt"))
-    if positions:
-        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    for name in ("labels", "task"):
-        if name in rows[0]:
-            batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.int64)
-    return batch
-
-
-def _is_decoder(model: nn.Module) -> bool:
-    # transformers calls the head `score` in the classifiers that pool the last token.
-    return hasattr(model, "score")
-
-
-def _forward_names(model: nn.Module) -> Collection[str]:
-    return inspect.signature(model.forward).parameters
-
-
-def _positions(model: transformers.PreTrainedModel) -> int | None:
-    """The number of tokens that the model has positions for; None if there is no limit."""
-    for name, module in model.named_modules():
-        # RoBERTa and models like it count positions from the padding index on.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
-            return module.num_embeddings - module.padding_idx - 1
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if limit and limit > 0 else None  # XLNet's -1 means none
-
-
-def _prepare(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    name: str,
-) -> None:
-    """Set up padding, the tokenizer's columns and the loss for one integer label per text."""
-    # A model saved for regression or several labels would use another loss.
-    model.config.problem_type = "single_label_classification"
-    taken = _forward_names(model)
-    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in taken]
-    if not _is_decoder(model):
-        return
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise BackboneError(
-                f"{name}: the tokenizer has neither a padding nor an end token, and a decoder"
-                " needs one in batches; save one with the tokenizer (tokenizer.pad_token = ...)"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    for config in (model.config, model.config.get_text_config()):
-        config.pad_token_id = tokenizer.pad_token_id
-        config.use_cache = False  # each text is read once, so a cache only costs memory
+    return collator(backbone.model, backbone.tokenizer)
 
 
 def _build_tiny(

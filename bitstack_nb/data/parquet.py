@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from bitstack_nb.data.columns import check_columns
 from bitstack_nb.data.errors import DataError
-from bitstack_nb.data.hub import first_line
+from bitstack_nb.hub import first_line
 
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(-[0-9a-f]+)?")
 

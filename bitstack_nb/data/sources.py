@@ -18,9 +18,9 @@ from huggingface_hub import HfApi
 from bitstack_nb.data.columns import HELD_OUT
 from bitstack_nb.data.embedded import EMBEDDED_VERSION, embedded_split
 from bitstack_nb.data.errors import DataError
-from bitstack_nb.data.hub import TIMEOUT, first_line, hub_errors
 from bitstack_nb.data.parquet import Shard, check_classes, joined, read_shard, split_files
 from bitstack_nb.data.tasks import FIVE_TASKS, Task
+from bitstack_nb.hub import TIMEOUT, first_line, hub_errors
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from bitstack_nb.data import pretrained
 from bitstack_nb.data.backbones import Backbone, collate, encode, load_backbone
 from bitstack_nb.data.embedded import embedded_split, embedded_vocabulary
-from bitstack_nb.data.errors import BackboneError
+from bitstack_nb.pretrained import BackboneError
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

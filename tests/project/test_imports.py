@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "cost": ["", "data", "results", "benchmark", "figures"],
     "cli": ["", "data", "results", "benchmark", "figures", "notebook", "cost"],
 }
-BASE = {"torch", "numpy", "safetensors", "transformers", "accelerate"}  # pyproject's dependencies
+# pyproject's dependencies.
+BASE = {"torch", "numpy", "safetensors", "transformers", "accelerate", "huggingface_hub"}
 MODULES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
     for file in PACKAGE.rglob("*.py")

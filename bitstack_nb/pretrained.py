@@ -1,15 +1,17 @@
 """A pretrained sequence classifier and its tokenizer, from a folder or the Hugging Face Hub.
 
-Scope: finding the files, loading them quietly, and recording which bytes they were. `backbones.py`
-prepares the model for the benchmark.
+Scope: finding the files, loading them quietly, and recording which bytes they were; padding and
+loss set up for one label per text; encoded rows padded into batches.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from operator import itemgetter
 from pathlib import Path
@@ -23,11 +25,11 @@ from huggingface_hub.utils import (
     disable_progress_bars,
     enable_progress_bars,
 )
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from bitstack_nb.data.errors import BackboneError
-from bitstack_nb.data.hub import TIMEOUT, first_line, hub_errors
 from bitstack_nb.files import sha256
+from bitstack_nb.hub import TIMEOUT, first_line, hub_errors
 
 # The files that transformers reads, all at the top level of a repository.
 _SETTINGS = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
@@ -37,6 +39,10 @@ _WEIGHTS = (  # the first kind that a repository has
 )
 
 logger = logging.getLogger(__name__)
+
+
+class BackboneError(ValueError):
+    """A backbone cannot be loaded or used as asked."""
 
 
 def load_pretrained(
@@ -82,6 +88,76 @@ def load_pretrained(
         # transformers' own report is silenced because it names the new head every time.
         logger.warning("%s: absent from the files, so random: %s", name, ", ".join(absent))
     return model, tokenizer, source
+
+
+def prepare(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    name: str,
+) -> None:
+    """Set up padding, the tokenizer's columns and the loss for one integer label per text."""
+    # A model saved for regression or several labels would use another loss.
+    model.config.problem_type = "single_label_classification"
+    taken = _forward_names(model)
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in taken]
+    if not _is_decoder(model):
+        return
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BackboneError(
+                f"{name}: the tokenizer has neither a padding nor an end token, and a decoder"
+                " needs one in batches; save one with the tokenizer (tokenizer.pad_token = ...)"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
+        config.use_cache = False  # each text is read once, so a cache only costs memory
+
+
+def positions(model: transformers.PreTrainedModel) -> int | None:
+    """The number of tokens that the model has positions for; None if there is no limit."""
+    for name, module in model.named_modules():
+        # RoBERTa and models like it count positions from the padding index on.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            return module.num_embeddings - module.padding_idx - 1
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None  # XLNet's -1 means none
+
+
+def collator(
+    model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase
+) -> Callable[[list[Mapping[str, Any]]], dict[str, torch.Tensor]]:
+    """Return a function that pads encoded rows into a batch, see :func:`data.backbones.collate`."""
+    position_ids = _is_decoder(model) and "position_ids" in _forward_names(model)
+    # A partial of a module's function can be pickled for the workers of a data loader.
+    return partial(_pad, tokenizer=tokenizer, position_ids=position_ids)
+
+
+def _pad(
+    rows: list[Mapping[str, Any]],
+    *,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    position_ids: bool,
+) -> dict[str, torch.Tensor]:
+    inputs = [name for name in tokenizer.model_input_names if name in rows[0]]
+    columns = {name: [row[name] for row in rows] for name in inputs}
+    batch = dict(tokenizer.pad(columns, return_tensors="pt"))
+    if position_ids:
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    for name in ("labels", "task"):
+        if name in rows[0]:
+            batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.int64)
+    return batch
+
+
+def _is_decoder(model: nn.Module) -> bool:
+    # transformers calls the head `score` in the classifiers that pool the last token.
+    return hasattr(model, "score")
+
+
+def _forward_names(model: nn.Module) -> Collection[str]:
+    return inspect.signature(model.forward).parameters
 
 
 def _load_tokenizer(folder: Path, name: str) -> transformers.PreTrainedTokenizerBase:

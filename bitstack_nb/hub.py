@@ -1,6 +1,7 @@
 """What a failed request to the Hugging Face Hub means, in one line.
 
-Scope: models (`pretrained.py`) and datasets (`sources.py`) share these errors. Retries, downloads
+Scope: models (`pretrained.py`), banks (`bank.py`) and datasets (`data/sources.py`) share these
+errors. Retries, downloads
 and caches are left to huggingface_hub and datasets.
 """
 

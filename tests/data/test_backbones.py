@@ -16,7 +16,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from tiny_backbones import CONFIGS, DECODERS, POSITIONS, SIZES, make_config, make_tokenizer
 from transformers.utils import logging as transformers_logging
 
-from bitstack_nb.data import pretrained
+from bitstack_nb import pretrained
 from bitstack_nb.data.backbones import Backbone, collate, encode, load_backbone
 from bitstack_nb.data.embedded import embedded_split, embedded_vocabulary
 from bitstack_nb.pretrained import BackboneError

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bitstack_nb.benchmark.protocol import PRESETS, Protocol
 from bitstack_nb.benchmark.strategies import all_strategies, strategy_names
-from bitstack_nb.data.tasks import AG_NEWS_BINARY, FIVE_TASKS, SEQUENCES, Task, find_task
+from bitstack_nb.data.tasks import AG_NEWS_BINARY, SEQUENCES, TASKS, Task, find_task
 
 if TYPE_CHECKING:
     from bitstack_nb.results.result import Result
@@ -348,7 +348,7 @@ _OWN_WORDS = {
     "tasks": (
         "--tasks",
         _tasks,
-        f"in training order: {', '.join(task.name for task in (*FIVE_TASKS, AG_NEWS_BINARY))}, "
-        "some labels of one as dbpedia_2-3, or five or twenty",
+        f"in training order: {', '.join(TASKS)}, some labels of one as dbpedia_2-3, or "
+        f"{' or '.join(SEQUENCES)}",
     ),
 }

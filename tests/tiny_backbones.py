@@ -48,7 +48,9 @@ def make_tokenizer(*, encoder: bool) -> transformers.PreTrainedTokenizerFast:
     names = {"unk_token": "<unk>", "eos_token": "</s>"}
     if encoder:
         rules.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+            single="<s> $A </s>",
+            pair="<s> $A </s> $B:1 </s>:1",
+            special_tokens=[("<s>", 0), ("</s>", 2)],
         )
         names |= {"bos_token": "<s>", "pad_token": "<pad>"}
     inputs = ["input_ids", "token_type_ids", "attention_mask"][:: 1 if encoder else 2]

@@ -65,8 +65,10 @@ def changed_file(protocol: Protocol, origin: Mapping[str, Any]) -> Path | None:
         origin: the result's provenance.
     """
     folders = [(Path(protocol.model), origin.get("model", {}))]
-    for record in origin.get("data", {}).values():
-        folders.append((Path(protocol.data) / record["dataset"].rpartition("/")[2], record))
+    for task in protocol.tasks:
+        folders.append(
+            (Path(protocol.data, task.folder), origin.get("data", {}).get(task.name, {}))
+        )
     for folder, record in folders:
         for name, digest in record.get("sha256", {}).items():
             for file in folder.expanduser().rglob(escape(name)):

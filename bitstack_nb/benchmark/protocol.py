@@ -139,7 +139,8 @@ class Protocol:
 
         What is None is left out, so a field added later keeps old names if None is its default.
         """
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        record = asdict(self) | {"tasks": tuple(task.to_dict() for task in self.tasks)}
+        return {key: value for key, value in record.items() if value is not None}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Protocol:

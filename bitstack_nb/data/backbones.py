@@ -81,7 +81,8 @@ def encode(data: datasets.Dataset, backbone: Backbone) -> datasets.Dataset:
     """Tokenize texts and cut them at ``backbone.max_length``, without padding.
 
     Args:
-        data: columns ``text`` (str) and ``label`` (int).
+        data: columns ``text`` (str) and ``label`` (int); of pairs, ``text_pair`` is the second.
+            The longer text of a pair is cut first.
         backbone: its tokenizer is used.
 
     Returns:
@@ -89,16 +90,20 @@ def encode(data: datasets.Dataset, backbone: Backbone) -> datasets.Dataset:
         ``attention_mask``, for some ``token_type_ids``), ``labels`` and ``length`` (in tokens).
 
     Raises:
-        BackboneError: there are no rows, or a column is absent.
+        BackboneError: there are no rows, a column is absent, or ``max_length`` leaves no room.
     """
     if len(data) == 0 or not {"text", "label"} <= set(data.column_names):
         raise BackboneError(
             f"expected rows with the columns text and label, got {len(data)} rows with"
             f" {', '.join(data.column_names) or 'no columns'}"
         )
-    texts = [text or "" for text in data["text"]]
-    cut = {"truncation": True, "max_length": backbone.max_length}
-    columns = dict(backbone.tokenizer(texts, **cut))
+    texts = [
+        [text or "" for text in data[name]]
+        for name in ("text", "text_pair")
+        if name in data.column_names
+    ]
+    cut = {"truncation": "longest_first", "max_length": backbone.max_length}
+    columns = dict(backbone.tokenizer(*texts, **cut))
     full_stop = backbone.tokenizer(".", **cut)
     for row, tokens in enumerate(columns["input_ids"]):
         # A decoder gives NaN for a row of padding only: an empty text is read as a full stop.
@@ -106,6 +111,11 @@ def encode(data: datasets.Dataset, backbone: Backbone) -> datasets.Dataset:
             for name, column in columns.items():
                 column[row] = full_stop[name]
     lengths = [len(tokens) for tokens in columns["input_ids"]]
+    if max(lengths) > backbone.max_length:
+        raise BackboneError(
+            f"{backbone.name}: max_length {backbone.max_length} leaves no room for the special "
+            "tokens of a text or pair: use more"
+        )
     return datasets.Dataset.from_dict({**columns, "labels": data["label"][:], "length": lengths})
 
 

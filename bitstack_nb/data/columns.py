@@ -9,6 +9,7 @@ from bitstack_nb.data.errors import DataError
 from bitstack_nb.data.tasks import Task, is_integer
 
 HELD_OUT = "evaluate on held-out training rows (evaluate_on='heldout', --evaluate-on heldout)"
+OTHER_SPLIT = "name another split (Task(test_split=...))"
 
 
 class TaskColumns:
@@ -24,10 +25,12 @@ class TaskColumns:
         self.task, self.split, self._place = task, split, place
         self._known = task.num_labels if task.relabel is None else len(task.relabel)
 
-    def text(self, number: int, row: Mapping[str, Any]) -> str:
-        """The text of a row; it is empty where all columns are."""
+    def texts(self, number: int, row: Mapping[str, Any]) -> dict[str, str]:
+        """`text` of a row, and `text_pair` for a pair; they are empty where the columns are."""
         parts = [self._text(number, name, row[name]) for name in self.task.text]
-        return " ".join(part for part in parts if part)
+        if self.task.pair:
+            return {"text": parts[0], "text_pair": parts[1]}
+        return {"text": " ".join(part for part in parts if part)}
 
     def _text(self, number: int, column: str, value: Any) -> str:
         if isinstance(value, bytes):
@@ -66,7 +69,8 @@ class TaskColumns:
         column, labels = self.task.label, f"0 to {self._known - 1}"
         if value in (None, -1):  # a benchmark that keeps its labels secret has -1
             what = f"column {column!r} of the {self.split} split has rows without a label ({value})"
-            return f"{what}: {HELD_OUT if self.split == 'test' else 'remove them'}"
+            way_out = f"{HELD_OUT}, or {OTHER_SPLIT}" if self.split == "test" else "remove them"
+            return f"{what}: {way_out}"
         if isinstance(value, bytes):
             value = value.decode(errors="replace")
         if isinstance(value, str) and not value.lstrip("-").isdigit():

@@ -27,7 +27,8 @@ class TaskData:
 
     Attributes:
         task: the task they belong to.
-        train, test: columns `text` (string) and `label` (int64, the task's labels), in memory.
+        train, test: columns `text` (string) and `label` (int64, the task's labels), in memory; of
+            a pair, `text` is the first and `text_pair` the second.
         provenance: JSON-able: the source, the dataset, its revision, file hashes or generator, how
             the samples were chosen, and per split the number of rows, the SHA-256 of the sample
             and the classes that it lacks.
@@ -57,7 +58,8 @@ def load_task(
     Args:
         task: the task to load.
         data: "hub", "embedded" (synthetic), or a folder with FOLDER/<dataset>/train.parquet and
-            test.parquet, where <dataset> is the last part of the Hub id.
+            test.parquet, where <dataset> is the task's configuration, or the last part of its Hub
+            id.
         train_size, test_size: an int is a number of rows, a float a fraction of the split.
         seed: of the random choice; the global random state is left as found.
         sampling: "stratified" visits the rows in random order and takes an equal share of each
@@ -118,9 +120,9 @@ def _missing_classes(task: Task, samples: dict[str, datasets.Dataset]) -> dict[s
 
 
 def _fingerprint(sample: datasets.Dataset) -> str:
-    """SHA-256 over the sample's rows in order, each as a line of JSON: [text, label]."""
+    """SHA-256 over the rows in order, each as a line of JSON: [text, label], or with both texts."""
     digest = hashlib.sha256()
     for row in sample:
-        line = json.dumps([row["text"], row["label"]], ensure_ascii=False)
+        line = json.dumps([*row.values()], ensure_ascii=False)
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()

@@ -185,20 +185,21 @@ def _shuffle(visits: Iterable[_T], seed: int, buffer_size: int) -> Iterator[_T]:
 def _texts_and_labels(
     columns: TaskColumns, rows: Iterable[tuple[int, Mapping[str, Any]]]
 ) -> datasets.Dataset:
-    """Numbered rows of the source as a dataset of `text` and `label`, in memory."""
-    task, texts, labels = columns.task, [], []
-    for number, row in rows:
-        texts.append(columns.text(number, row))
-        labels.append(columns.label(row[task.label]))
-    blank = sum(not text.strip() for text in texts)
+    """Numbered rows of the source in memory: `text`, `text_pair` if it is a pair, and `label`."""
+    task = columns.task
+    sample = [
+        columns.texts(number, row) | {"label": columns.label(row[task.label])}
+        for number, row in rows
+    ]
+    blank = sum(not (row["text"] + row.get("text_pair", "")).strip() for row in sample)
     if blank:
-        found = f"{task.dataset}: {blank} of {len(texts)} sampled rows hold no text in {task.text}"
-        if blank == len(texts):
+        found = f"{task.dataset}: {blank} of {len(sample)} sampled rows hold no text in {task.text}"
+        if blank == len(sample):
             raise DataError(f"{found}: name other columns")
         logger.warning("%s", found)
-    features = {"text": datasets.Value("string"), "label": datasets.Value("int64")}
-    sample = {"text": texts, "label": labels}
-    return datasets.Dataset.from_dict(sample, features=datasets.Features(features))
+    kinds = {"text": "string", "text_pair": "string", "label": "int64"}
+    features = {name: datasets.Value(kinds[name]) for name in sample[0]}
+    return datasets.Dataset.from_list(sample, features=datasets.Features(features))
 
 
 def _check_columns(task: Task, there: list[str]) -> None:

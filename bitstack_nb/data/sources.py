@@ -15,7 +15,7 @@ import datasets
 from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import HfApi
 
-from bitstack_nb.data.columns import HELD_OUT
+from bitstack_nb.data.columns import HELD_OUT, OTHER_SPLIT
 from bitstack_nb.data.embedded import EMBEDDED_VERSION, embedded_split
 from bitstack_nb.data.errors import DataError
 from bitstack_nb.data.parquet import Shard, check_classes, joined, read_shard, split_files
@@ -56,7 +56,7 @@ def open_source(data: str, task: Task) -> Source:
         DataError: the dataset is not there.
     """
     if data == "hub":
-        return _Hub(task.dataset, task.config)
+        return _Hub(task)
     if data == "embedded":
         return _Embedded(task.dataset)
     return _Folder(Path(data).expanduser(), task)
@@ -87,14 +87,15 @@ class _Embedded(Source):
 
 
 class _Folder(Source):
-    """FOLDER/<last part of the dataset's id>/**/train*.parquet and test*.parquet.
+    """FOLDER/<the task's folder>/**/train*.parquet and test*.parquet.
 
-    Labels are checked between the splits that are read.
+    A copy of the Hub's files has the task's `test_split` in place of test*.parquet. Labels are
+    checked between the splits that are read.
     """
 
     def __init__(self, root: Path, task: Task) -> None:
         self._dataset = dataset = task.dataset
-        self._folder = root / dataset.rpartition("/")[2]
+        self._folder, self._test_split = root / task.folder, task.test_split
         self._label, self._columns = task.label, list(dict.fromkeys((*task.text, task.label)))
         self._shards: dict[str, list[Shard]] = {}
         self._tables: dict[str, datasets.Dataset] = {}
@@ -116,7 +117,10 @@ class _Folder(Source):
         return self._tables[split]
 
     def _read(self, split: str) -> list[Shard]:
-        files = split_files(self._folder, split)
+        files = []
+        if split == "test" and self._test_split:
+            files = split_files(self._folder, self._test_split)
+        files = files or split_files(self._folder, split)
         if not files:
             raise DataError(
                 f"no {split}*.parquet in {self._folder}: put {split}.parquet there{_or_held(split)}"
@@ -142,8 +146,9 @@ class _Hub(Source):
     Without a network it is the copy in the cache of `datasets`, if the whole split was loaded once.
     """
 
-    def __init__(self, dataset: str, config: str | None) -> None:
-        self._dataset, self._config = dataset, config
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._dataset, self._config = dataset, config = task.dataset, task.config
         with self._errors():
             try:
                 # Asked first: without a network, load_dataset_builder retries for 20 s.
@@ -157,18 +162,21 @@ class _Hub(Source):
                 logger.warning("%s: read from the cache, the Hub failed (%s)", dataset, said)
 
     def table(self, split: str) -> datasets.Dataset:
-        self._check_split(split)
+        name = self._name(split)
         with self._errors():
             self._builder.download_and_prepare()
-            return self._builder.as_dataset(split)
+            return self._builder.as_dataset(name)
 
     def stream(self, split: str) -> Iterator[dict[str, Any]]:
-        self._check_split(split)
+        name = self._name(split)
         with self._errors():
             if isinstance(self._builder, Cache):  # which cannot stream
-                yield from self._builder.as_dataset(split)
+                yield from self._builder.as_dataset(name)
             else:
-                yield from self._builder.as_streaming_dataset(split)
+                yield from self._builder.as_streaming_dataset(name)
+
+    def place(self, split: str, number: int) -> str:
+        return f"row {number} of {self._name(split)}"
 
     def provenance(self) -> dict[str, Any]:
         return {
@@ -178,17 +186,20 @@ class _Hub(Source):
             "revision": self._builder.hash,  # the commit, also of a cached copy
         }
 
-    def _check_split(self, split: str) -> None:
-        there = self._builder.info.splits or self._builder.config.data_files or [split]
-        if split not in there:
+    def _name(self, split: str) -> str:
+        """The Hub's name of a split. Raises DataError if there is none."""
+        name = split if split == "train" else self._task.test_split or split
+        there = self._builder.info.splits or self._builder.config.data_files or [name]
+        if name not in there:
+            other = f": {OTHER_SPLIT}{_or_held(split)}" if split == "test" else ""
             raise DataError(
-                f"{self._dataset} has no {split} split, only {', '.join(map(str, there))}"
-                f"{_or_held(split)}"
+                f"{self._dataset} has no {name} split, only {', '.join(map(str, there))}{other}"
             )
+        return name
 
     def _errors(self) -> Any:
-        folder = self._dataset.rpartition("/")[2]
-        instead = f"use --data embedded, or --data FOLDER with FOLDER/{folder}/train.parquet"
+        file = f"FOLDER/{self._task.folder}/train.parquet"
+        instead = f"use --data embedded, or --data FOLDER with {file}"
         return hub_errors("dataset", self._dataset, raises=DataError, instead=instead)
 
 

@@ -7,7 +7,7 @@ the command line and protocols name tasks without loading them. `loading.py` loa
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from numbers import Integral
 from typing import Any
@@ -29,13 +29,15 @@ class Task:
 
     Attributes:
         name: a short name for tables and files: letters, digits, "_" and "-".
-        dataset: Hub id ("stanfordnlp/imdb"); its last part names the folder under a data folder.
+        dataset: Hub id ("stanfordnlp/imdb").
         text: the columns that make up the text, joined by a space; empty ones are skipped.
         label: the column of labels: integers from 0 on, or what plainly stands for them.
         num_labels: the number of classes, after `relabel`.
         relabel: the task's label for each label of the dataset: (0, 0, 1, 1) merges four into two.
             None in place of a label leaves its rows out.
         config: the Hub's configuration name, if the dataset has several.
+        pair: True gives the two text columns to the tokenizer as a pair, instead of joined.
+        test_split: the Hub's split to test on, if it is not "test": that of GLUE has no labels.
 
     Raises:
         DataError: a field has a value that no task can have.
@@ -48,6 +50,8 @@ class Task:
     num_labels: int
     relabel: tuple[int | None, ...] | None = None
     config: str | None = None
+    pair: bool | None = None
+    test_split: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):
@@ -62,6 +66,12 @@ class Task:
                 f"task {self.name}: text is {self.text!r}: give a tuple of columns, as ('text',)"
             )
         object.__setattr__(self, "text", text)
+        if self.pair and len(text) != 2:
+            raise DataError(
+                f"task {self.name}: text is {text} and pair is true: name the first and the second "
+                "column of the pair"
+            )
+        object.__setattr__(self, "pair", bool(self.pair) or None)
         if not is_integer(self.num_labels) or self.num_labels < 2:
             raise DataError(f"task {self.name}: num_labels is {self.num_labels!r}: give 2 or more")
         if self.relabel is not None:
@@ -73,6 +83,16 @@ class Task:
                     f"{self.num_labels - 1}, and None for rows to leave out"
                 )
             object.__setattr__(self, "relabel", relabel)
+
+    @property
+    def folder(self) -> str:
+        """The folder's name under a data folder: the configuration, or the Hub id's last part."""
+        return self.config or self.dataset.rpartition("/")[2]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able record. `relabel` and `config` are in it even if None, as in recorded runs."""
+        fields = asdict(self)
+        return {k: v for k, v in fields.items() if v is not None or k in ("relabel", "config")}
 
     def only(self, *labels: int) -> Task:
         """The task with only the rows of these labels, named ``<name>_<label>-<label>``.
@@ -123,6 +143,57 @@ AG_NEWS_BINARY = Task(  # World and Sports, or Business and Sci/Tech
     relabel=(0, 0, 1, 1),
 )
 
+_GLUE = {"dataset": "nyu-mll/glue", "label": "label"}
+MORE_TASKS: tuple[Task, ...] = (  # the test labels of GLUE are secret, and BoolQ has no test split
+    Task(
+        name="mnli",
+        config="mnli",
+        text=("premise", "hypothesis"),
+        num_labels=3,
+        pair=True,
+        test_split="validation_matched",
+        **_GLUE,
+    ),
+    Task(
+        name="qqp",
+        config="qqp",
+        text=("question1", "question2"),
+        num_labels=2,
+        pair=True,
+        test_split="validation",
+        **_GLUE,
+    ),
+    Task(
+        name="rte",
+        config="rte",
+        text=("sentence1", "sentence2"),
+        num_labels=2,
+        pair=True,
+        test_split="validation",
+        **_GLUE,
+    ),
+    Task(
+        name="sst2",
+        config="sst2",
+        text=("sentence",),
+        num_labels=2,
+        test_split="validation",
+        **_GLUE,
+    ),
+    Task(
+        name="boolq",
+        dataset="google/boolq",
+        text=("question", "passage"),
+        label="answer",
+        num_labels=2,
+        pair=True,
+        test_split="validation",
+    ),
+)
+TASKS = {
+    task.name: task for task in (*FIVE_TASKS, AG_NEWS_BINARY, *MORE_TASKS)
+}  # all that are known
+
 _IMDB, _AG_NEWS, _DBPEDIA, _YELP, _YAHOO = FIVE_TASKS
 # Two classes each: all pairs of AG News, the classes of DBpedia in pairs, and Yelp's neighbouring
 # stars and its extremes. A label may occur in several tasks.
@@ -143,10 +214,9 @@ def find_task(name: str) -> Task:
     Raises:
         DataError: no task has this name.
     """
-    known = {task.name: task for task in (*FIVE_TASKS, AG_NEWS_BINARY)}
     whole, _, labels = name.rpartition("_")
-    if whole in known and re.fullmatch(r"\d+(-\d+)+", labels):
-        return known[whole].only(*map(int, labels.split("-")))
-    if name not in known:
-        raise DataError(f"unknown task {name!r}: use one of {', '.join(known)}, or your own Task")
-    return known[name]
+    if whole in TASKS and re.fullmatch(r"\d+(-\d+)+", labels):
+        return TASKS[whole].only(*map(int, labels.split("-")))
+    if name not in TASKS:
+        raise DataError(f"unknown task {name!r}: use one of {', '.join(TASKS)}, or your own Task")
+    return TASKS[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -214,6 +215,20 @@ def test_encode_keeps_rows_cuts_and_leaves_no_files(
     assert [len(row) for row in encoded["input_ids"]] == [3, 4, 2]
     assert list(encoded["labels"]) == [2, 0, 1]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pair_is_cut_at_its_longer_text_and_its_second_text_is_marked(
+    folders: dict[str, Path],
+) -> None:
+    backbone = load(folders["bert"])
+    data = rows(["red sun moon rain snow", ""]).add_column("text_pair", ["blue green", "wind"])
+    encoded = encode(data, backbone)
+    texts = backbone.tokenizer.batch_decode(encoded["input_ids"][:])
+    assert texts == ["<s> red sun moon </s> blue green </s>", "<s> </s> wind </s>"]
+    assert encoded["token_type_ids"][:] == [[0] * 5 + [1] * 3, [0] * 2 + [1] * 2]
+    assert backbone.model(**collate(backbone)(list(encoded))).loss.isfinite()
+    with pytest.raises(BackboneError, match="max_length 2 leaves no room for the special tokens"):
+        encode(data, replace(backbone, max_length=2))
 
 
 @pytest.mark.parametrize("data", [{"text": [], "label": []}, {"content": ["a"], "label": [1]}])

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -22,7 +23,6 @@ from hub_server import COMMIT, serve
 from toy_data import SIZES, TASK, write_toy
 
 from bitstack_nb.data import find_task, load_backbone, load_task
-from bitstack_nb.data.tasks import Task
 
 FETCHED = {"train_size": 0.25, "test_size": 0.2, "seed": 0}
 # One seed has to name the same streamed rows with every version of datasets.
@@ -36,9 +36,8 @@ def client() -> None:
     def model(key: str, name: str) -> None:
         ask(key, lambda: load_backbone(name, max_length=8, seed=0))
 
-    def dataset(key: str, name: str, **sizes: object) -> None:
-        fields = {"text": TASK.text, "label": TASK.label, "num_labels": TASK.num_labels}
-        task = Task(name="toy", dataset=name, **fields)
+    def dataset(key: str, name: str, changes: dict | None = None, **sizes: object) -> None:
+        task = replace(TASK, dataset=name, **(changes or {}))
         ask(key, lambda: load_task(task, "hub", **(SIZES | sizes)))
 
     def ask(key: str, load) -> None:
@@ -67,6 +66,7 @@ def client() -> None:
     dataset("configurations", "someone/several")
     dataset("no test", "someone/untested")
     dataset("no test, whole", "someone/untested", **FETCHED)
+    dataset("named test", "someone/untested", {"test_split": "validation", "pair": True})
     urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/stop").read()
     model("cached model", "someone/model")
     dataset("cached fetched", "someone/toy", **FETCHED)
@@ -163,7 +163,15 @@ def test_several_configurations_are_named(answers):
 
 def test_without_a_test_split_the_way_out_is_held_out(answers):
     for key in ("no test", "no test, whole"):
-        assert "has no test split, only train, validation, or eval" in answers[key]["error"]
+        said = r"no test split, only train, validation: name .*Task\(test_split=\.\.\.\)\), or eval"
+        assert re.search(said, answers[key]["error"])
+
+
+def test_another_split_can_be_the_test_split(answers):
+    made, streamed = answers["named test"], answers["streamed"]
+    for split in ("train", "test"):
+        joined = [f"{row['text']} {row['text_pair']}".strip() for row in made[split]]
+        assert joined == [row["text"] for row in streamed[split]]
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])

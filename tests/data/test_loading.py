@@ -7,6 +7,7 @@ import logging
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -159,6 +160,30 @@ def test_files_may_be_sharded_and_lie_deeper_as_in_a_copy_of_the_hub(tmp_path):
     made = load_task(TASK, str(tmp_path), train_size=60, test_size=12, seed=0)
     assert len(set(made.train["text"])) == 60
     assert len(made.provenance["sha256"]) == 3
+
+
+def test_a_pair_keeps_its_two_texts_apart(folder):
+    made = load_task(replace(TASK, pair=True), folder, **SIZES)
+    joined = load_task(TASK, folder, **SIZES)
+    assert made.train.column_names == ["text", "text_pair", "label"]
+    for one, other in zip(made.train, joined.train, strict=True):
+        assert f"{one['text']} {one['text_pair']}".strip() == other["text"]
+    swapped = load_task(replace(TASK, pair=True, text=("body", "title")), folder, **SIZES)
+    prints = {data.provenance["sample"]["train"] for data in (made, joined, swapped)}
+    assert len(prints) == 3
+
+
+def test_a_configuration_is_a_folder_and_a_copy_of_the_hub_has_its_test_split(folder):
+    task = replace(TASK, config="de", test_split="validation")
+    Path(folder, "toy").rename(Path(folder, "de"))
+    assert load_task(task, folder, **SIZES).test["text"][0].startswith("test title")
+    write_split(Path(folder, "de"), "validation-00000-of-00001", [0, 1, 2] * 4)
+    made = load_task(task, folder, **SIZES)
+    assert all(text.startswith("validation") for text in made.test["text"])
+    assert set(made.provenance["sha256"]) == {
+        "train.parquet",
+        "validation-00000-of-00001.parquet",
+    }
 
 
 # Errors

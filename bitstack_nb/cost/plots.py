@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def cost_growth(report: CostReport) -> Figure:
             ax.plot(*zip(*sorted(points), strict=True), "o-", color=colour, markersize=5)
             ax.axhline(limit, color=GREY, linestyle="--", linewidth=1)
         left.set_ylim(0, 1.15 * max(limit, *(row["ratio"] for row in rows)))
-        left.set_ylabel(f"{what} /\n{compared}")
+        left.set_ylabel(textwrap.fill(f"{what} / {compared}", 28))
     (left, right), (lowest_left, lowest_right) = axes[0], axes[-1]
     left.set_title("5 tasks")
     right.set_title(f"{size / 1e6:.0f} M parameters")

@@ -1,6 +1,6 @@
 """The picture of both methods: base, locked or own weights, heads.
 
-``docs/mechanism.png`` in the README holds ``png(mechanism(), dpi=130)``.
+``docs/mechanism.png`` in the README holds ``png(mechanism())``.
 """
 
 from __future__ import annotations

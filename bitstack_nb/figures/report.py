@@ -28,7 +28,6 @@ from bitstack_nb.results.tables import (
 if TYPE_CHECKING:
     import pandas as pd
 
-FILE_DPI = 130
 # Columns of ``results.table`` that the summary leaves to a table of their own.
 _FURTHER = ["forgetting_chaudhry", "first_task_after_last", "locked_of_eligible", "locked_of_all"]
 _MOST_COLUMNS = 8
@@ -99,7 +98,7 @@ def write_figures(
     left_out: dict[str, str] = {}
     for name, draw in _figures(results):
         try:
-            contents[f"{name}.png"] = png(draw(), dpi=FILE_DPI)
+            contents[f"{name}.png"] = png(draw())
         except ResultError as error:
             left_out[name] = str(error)
     if not contents:

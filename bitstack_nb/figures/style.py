@@ -24,8 +24,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import EngFormatter
 from PIL import Image
 
-WIDTH = 9.0  # inches: a notebook's column at DPI
-DPI = 110
+WIDTH = 9.0  # inches
+SHOWN_DPI = 110  # pixels of a page per inch, so a figure fills a notebook's column
+DPI = 2 * SHOWN_DPI  # pixels of a picture per inch, as many screens have twice a page's pixels
 GREY = "0.35"
 # Equal steps of lightness, readable in grey and with any colour vision.
 SHARES = sns.color_palette("YlGnBu", as_cmap=True)
@@ -48,7 +49,10 @@ _STYLE = {
 
 
 class Figure(mpl.figure.Figure):
-    """A figure on white, readable on a dark page too, that a notebook shows as it is returned."""
+    """A figure on white, readable on a dark page too, that a notebook shows as it is returned.
+
+    The colours are chosen for white, so the background is white everywhere.
+    """
 
     def __init__(self, height: float, *, width: float = WIDTH) -> None:
         super().__init__(figsize=(width, height), layout="constrained", facecolor="white")
@@ -59,10 +63,11 @@ class Figure(mpl.figure.Figure):
         with style():
             super().draw(renderer)
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, str]:
-        """The picture that IPython shows, with the title for pages without pictures."""
-        picture = base64.b64encode(png(self)).decode()
-        return {"image/png": picture, "text/plain": self.get_suptitle()}
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, str], dict[str, Any]]:
+        """The picture that IPython shows, its width on the page, and the title as alt text."""
+        picture, title = base64.b64encode(png(self)).decode(), self.get_suptitle()
+        shown = {"width": round(self.get_figwidth() * SHOWN_DPI), "alt": title}
+        return {"image/png": picture, "text/plain": title}, {"image/png": shown}
 
 
 def style() -> AbstractContextManager[None]:
@@ -159,11 +164,11 @@ def note(figure: Figure, text: str) -> None:
     figure.supxlabel(text, fontsize=9, color=GREY)
 
 
-def png(figure: Figure, *, dpi: int = DPI) -> bytes:
+def png(figure: Figure) -> bytes:
     """The picture as PNG with a palette of 256 colours: the same bytes for the same figure."""
     drawn = io.BytesIO()
     with style():
-        figure.savefig(drawn, format="png", dpi=dpi)
+        figure.savefig(drawn, format="png", dpi=DPI)
     return small_png(Image.open(drawn))
 
 

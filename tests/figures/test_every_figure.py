@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from dataclasses import replace
 from functools import cache
@@ -117,8 +118,9 @@ def test_without_anything_to_draw_the_error_says_what_is_missing(draw, results, 
         draw(results)
 
 
-def test_a_notebook_shows_a_returned_figure_as_one_png():
+def test_a_notebook_shows_a_returned_figure_as_one_png_of_twice_its_width_on_the_page():
     formatters = pytest.importorskip("IPython.core.formatters")
-    data, _ = formatters.DisplayFormatter().format(accuracy.comparison(toy.BITSTACK))
-    assert data["image/png"].startswith("iVBORw0KGgo")  # PNG's first bytes in base64
-    assert "Accuracy" in data["text/plain"]
+    data, metadata = formatters.DisplayFormatter().format(accuracy.comparison(toy.BITSTACK))
+    picture = imread(io.BytesIO(base64.b64decode(data["image/png"])))
+    assert picture.shape[1] == 2 * metadata["image/png"]["width"]
+    assert "Accuracy" in metadata["image/png"]["alt"] == data["text/plain"]

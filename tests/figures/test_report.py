@@ -13,7 +13,6 @@ from toy_figures import BITSTACK, FINETUNE, OF_RESULTS, PAPER, SINGLE, UNION, ru
 from bitstack_nb.cli import RECORDED, RECORDED_COSTS, main
 from bitstack_nb.cost.report import CostReport, cost_table
 from bitstack_nb.figures import comparison, summary
-from bitstack_nb.figures.report import FILE_DPI
 from bitstack_nb.figures.style import png
 from bitstack_nb.results import format_table, load_results, readable
 from bitstack_nb.results.metrics import mean_interval
@@ -65,7 +64,7 @@ def test_the_command_writes_every_figure_and_says_so(recorded, tmp_path, capsys)
     of_a_run = {"lock_heatmaps", "mask_weight", "task_overlap"}
     names = {draw.__name__ for draw in OF_RESULTS} | {f"{name}_bitstack_union" for name in of_a_run}
     assert {file.name for file in files} == {f"{name}.png" for name in names} | {"tables.md"}
-    expected = png(comparison(load_results(recorded)), dpi=FILE_DPI)
+    expected = png(comparison(load_results(recorded)))
     assert (out / "comparison.png").read_bytes() == expected
     tables = (out / "tables.md").read_text()
     assert format_table(summary(load_results(recorded))) in tables

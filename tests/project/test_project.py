@@ -39,7 +39,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_what_a_page_links_to_is_there(page):
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+    for target in re.findall(r'(?:\]\(|src=")([^)"#]+)', page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
 

@@ -10,11 +10,12 @@ or after. Tasks know nothing of each other, and their own weights may overlap.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,9 @@ class Task:
         own: its own weights; the values of an open task are its vector.
         head: its modules, which stand in the model while the task is shown.
         digests: of the closed task's head, by tensor.
+        kept: tensors on the CPU that were given to ``close``.
+        notes: JSON-able, given to ``close``.
+        digest: of all of this, as the closed task's file holds it.
     """
 
     name: str
@@ -67,6 +71,9 @@ class Task:
     own: Own
     head: Head
     digests: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
 
 
 class ExactRecall:
@@ -177,7 +184,7 @@ class ExactRecall:
                 self._check_new(name, labels)
                 check_fitting(head_steps, head_learning_rate)
                 batches = self._batches(loader, n_batches, head_steps)
-                self.verify()
+                self._check()
             seed = self._begun if seed is None else seed
             ranks.check_equal({"name": name, "labels": labels, "seed": seed}, "tasks")
             ranks.check_equal(self._base.digests, "weights of the base")
@@ -231,11 +238,19 @@ class ExactRecall:
         """Let the own weights take no gradient until :meth:`parameters` or a Trainer begins."""
         self._opened("pause()")[1].stop()
 
-    def close(self, *, values: str | None = None) -> None:
+    def close(
+        self,
+        *,
+        values: str | None = None,
+        kept: Mapping[str, torch.Tensor] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
         """Keep the open task; its own weights and its head are final then.
 
         Args:
             values: ``"bfloat16"`` rounds the own weights first, which halves the file.
+            kept: tensors to keep and save with the task, such as statistics of its texts.
+            notes: the same for what JSON can hold.
 
         Raises:
             RuntimeError: no task is open, or training has diverged (NaN or infinite weights).
@@ -253,7 +268,7 @@ class ExactRecall:
                     f"task {task.name!r} has NaN or infinite weights: training has diverged. "
                     "abandon() gives it up; begin it again with a smaller learning rate"
                 )
-            self.verify()
+            self._check()
             dtypes = [v.dtype if values is None else torch.bfloat16 for v in vector.parameters]
             final = [
                 v.detach().to(d, copy=True) for v, d in zip(vector.parameters, dtypes, strict=True)
@@ -263,6 +278,9 @@ class ExactRecall:
             self._exchange.own = task.own
             task.head.config = heads.present(self._model, self._parts).config
             task.digests = task.head.digests()
+            task.kept = {n: t.detach().to("cpu", copy=True) for n, t in (kept or {}).items()}
+            task.notes = json.loads(json.dumps(notes or {}))  # as it is read again
+            task.digest = taskfile.task_digest(task, self._layout.sizes)
             self._tasks[task.name] = task
             self._end()
             task.head.set_trainable(False)
@@ -286,6 +304,41 @@ class ExactRecall:
             if self._exchange.shown == name:
                 self._show(None)
             del self._tasks[name]
+
+    def adopt(self, other: ExactRecall) -> None:
+        """Take over copies of all closed tasks of another ExactRecall on the same base.
+
+        Raises:
+            ValueError: both have a task of one name. Nothing has changed.
+            maskfile.MaskFileError: the bases, their eligible weights or their heads differ.
+        """
+        with self._exchange.lock:
+            if self._open:
+                raise RuntimeError(self._still_open())
+            if both := [name for name in other._tasks if name in self._tasks]:
+                raise ValueError(
+                    f"both have a task {', '.join(map(repr, both))}: remove one of the two first"
+                )
+            self._base.check_same(other._base.digests)
+            described = taskfile.described(other._layout.parameters)
+            check_match(described, self._layout.parameters)
+            self._tasks |= {name: self._copy(task) for name, task in other._tasks.items()}
+            self._begun += len(other._tasks)
+
+    def _copy(self, task: Task) -> Task:
+        """A copy of a closed task of another ExactRecall, for this model."""
+        own = task.own._replace(
+            counts=list(task.own.counts),
+            positions=task.own.positions.clone(),
+            values=[values.clone() for values in task.own.values],
+        )
+        config, state = copy.deepcopy(task.head.config), task.head.state_dict()
+        try:
+            head = heads.restored(self._model, self._base_head, state, config=config)
+        except ValueError as error:
+            raise MaskFileError(f"task {task.name!r} does not fit this model: {error}") from error
+        kept = {name: tensor.clone() for name, tensor in task.kept.items()}
+        return replace(task, own=own, head=head, kept=kept, notes=copy.deepcopy(task.notes))
 
     # Which task the model is --------------------------------------------------------------------
 
@@ -351,6 +404,23 @@ class ExactRecall:
         """The task that the model is now; None is the base."""
         return self._exchange.shown
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """By closed task the digest of its own weights, its head, its labels and what it keeps."""
+        return {name: task.digest for name, task in self._tasks.items()}
+
+    def labels(self, name: str) -> list[str] | None:
+        """The names of a task's labels."""
+        return self._task(name).labels
+
+    def kept(self, name: str) -> Mapping[str, torch.Tensor]:
+        """The tensors that ``close`` was given for a task."""
+        return self._task(name).kept
+
+    def notes(self, name: str) -> Mapping[str, Any]:
+        """The notes that ``close`` was given for a task."""
+        return self._task(name).notes
+
     def mask(self, name: str) -> Mapping[str, torch.Tensor]:
         """By parameter a bool tensor of its shape, True at the task's own weights."""
         return self._layout.masks(self._task(name).own)
@@ -383,15 +453,25 @@ class ExactRecall:
     def verify(self) -> int:
         """Count the tensors that are not bit for bit what they must be: 0.
 
-        The base is compared by its digests, own weights and the head of a closed task with what was
-        kept of them.
+        The base and every closed task are compared by their digests. Own weights in the model are
+        compared with those that are kept.
 
         Raises:
             LockedWeightsMoved: some moved; the message says which.
         """
         with self._exchange.lock:
+            changed = [
+                f"task {name!r}"
+                for name, task in self._tasks.items()
+                if taskfile.task_digest(task, self._layout.sizes) != task.digest
+            ]
+            return self._check(changed)
+
+    def _check(self, changed: Iterable[str] = ()) -> int:
+        """The same for the base and the shown task alone; ``changed`` was found elsewhere."""
+        with self._exchange.lock:
             eligible.refuse_shards(self._model)
-            moved = self._exchange.moved()
+            moved = [*self._exchange.moved(), *changed]
             if self.shown in self._tasks:
                 moved += self._tasks[self.shown].head.differing(self._tasks[self.shown].digests)
         if moved:
@@ -506,7 +586,7 @@ class ExactRecall:
             base=self._base.parameters,
             shown=lambda: self.shown == task.name,
             after_step=self._base.put_back_buffers,
-            after_load=self.verify,
+            after_load=self._check,
         )
         task.own = vector.own
         self._open = task, vector

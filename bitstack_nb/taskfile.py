@@ -3,9 +3,10 @@
 Tensors of task ``i``, in the order of closing: ``i.positions`` (uint8; the positions of its own
 weights in all eligible parameters, one after the other: gaps as little-endian uint16 or one bit a
 weight, whichever is smaller), ``i.values.<n>`` (the values, a tensor for each dtype of the
-parameters) and ``i.head.<name>``. Tensor ``base``: parameters and digests as JSON, compressed by
-zlib. Metadata: format, version, settings, and a record per task with its name, label names, seed
-and the digest of its tensors. The digest of the whole file covers all of that.
+parameters), ``i.head.<name>`` and ``i.kept.<name>`` (what ``close`` was given). Tensor ``base``:
+parameters and digests as JSON, compressed by zlib. Metadata: format, version, settings, and a
+record per task with its name, label names, seed, notes and the digest of all that is the task's.
+The digest of the whole file covers all of that.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from bitstack_nb.own import Own
 if TYPE_CHECKING:
     from bitstack_nb.recall import Task
 
-FORMAT, VERSION = "bitstack-tasks", "1"
+FORMAT, VERSION = "bitstack-tasks", "2"
 _MORE = 0xFFFF  # a gap this long or longer goes on in the next number
 _MOST = 1 << 26  # bytes of names and digests; more are no file of ours
 
@@ -47,8 +48,8 @@ def write(
         base: digests of the base.
         settings, begun: what else ``ExactRecall`` needs to go on.
     """
-    described = {n: {"shape": list(p.shape), "dtype": str(p.dtype)} for n, p in parameters.items()}
-    about = json.dumps({"parameters": described, "base": dict(base)}, separators=(",", ":"))
+    about = {"parameters": described(parameters), "base": dict(base)}
+    about = json.dumps(about, separators=(",", ":"))
     tensors, records = {"base": _bytes(zlib.compress(about.encode(), 9))}, []
     for number, task in enumerate(tasks):
         own, record = _content(task, [p.numel() for p in parameters.values()])
@@ -65,6 +66,16 @@ def write(
     write_tensors(path, tensors, metadata)
 
 
+def described(parameters: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Shapes and dtypes by name, for JSON."""
+    return {n: {"shape": list(p.shape), "dtype": str(p.dtype)} for n, p in parameters.items()}
+
+
+def task_digest(task: Task, sizes: list[int]) -> str:
+    """The digest of a task as it is now; ``sizes`` are those of the eligible parameters."""
+    return _content(task, sizes)[1]["digest"]
+
+
 def own_bytes(own: Own, sizes: list[int]) -> int:
     """Bytes that own weights take in a file; ``sizes`` are those of the eligible parameters."""
     values = sum(values.numel() * values.element_size() for values in own.values)
@@ -75,10 +86,11 @@ def _content(task: Task, sizes: list[int]) -> tuple[dict[str, torch.Tensor], dic
     """A task's tensors and its record."""
     own = {f"values.{i}": values for i, values in enumerate(task.own.values)}
     own |= {f"head.{name}": tensor for name, tensor in task.head.state_dict().items()}
+    own |= {f"kept.{name}": tensor for name, tensor in task.kept.items()}
     # Clones, because safetensors refuses tensors that share memory.
     own = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in own.items()}
     own["positions"] = _bytes(_packed(_flat(task.own, sizes), sum(sizes)))
-    record = {"name": task.name, "labels": task.labels, "seed": task.seed}
+    record = {"name": task.name, "labels": task.labels, "seed": task.seed, "notes": task.notes}
     record["config"] = json.loads(json.dumps(task.head.config))  # as it is read again
     return own, {**record, "digest": digest(own, record)}
 
@@ -132,7 +144,8 @@ def _state(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[s
 def _task(
     record: dict[str, Any], tensors: dict[str, torch.Tensor], parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
-    if record.pop("digest") != digest(tensors, record):
+    told = record.pop("digest")
+    if told != digest(tensors, record):
         raise ValueError(f"task {record['name']!r} is not what its digest says")
     sizes = [prod(p["shape"]) for p in parameters.values()]
     counts, positions = _split(_unpacked(tensors["positions"], sum(sizes)), sizes)
@@ -145,8 +158,14 @@ def _task(
     config = record["config"]
     if config.get("id2label") is not None:  # JSON has made its numbers strings
         config["id2label"] = {int(number): label for number, label in config["id2label"].items()}
-    heads = {k.removeprefix("head."): t for k, t in tensors.items() if k.startswith("head.")}
-    return {**record, "own": Own(counts, torch.from_numpy(positions), values), "head": heads}
+    own = Own(counts, torch.from_numpy(positions), values)
+    parts = {part: _below(tensors, part) for part in ("head", "kept")}
+    return {**record, **parts, "own": own, "digest": told}
+
+
+def _below(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with ``part.``, by the rest of their names."""
+    return {k.partition(".")[2]: t for k, t in tensors.items() if k.startswith(f"{part}.")}
 
 
 # Positions ----------------------------------------------------------------------------------------

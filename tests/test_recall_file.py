@@ -238,7 +238,7 @@ class Refused(Case):
         changes += [lambda t, m, k=k: t.pop(k) for k in tensors]
         changes += [lambda t, m, k=k: t.update({k: t[k].flatten()[:-1]}) for k in tensors]
         changes += [
-            lambda t, m: m.update(version="2"),
+            lambda t, m: m.update(version="3"),
             lambda t, m: t.update({"7.positions": t["0.positions"].clone()}),
             lambda t, m: t.update({"0.positions": _gaps([1] * 5000)}),
             lambda t, m: t.update(base=taskfile._bytes(zlib.compress(b"[]"))),

@@ -129,7 +129,7 @@ def collator(
     model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> Callable[[list[Mapping[str, Any]]], dict[str, torch.Tensor]]:
     """Return a function that pads encoded rows into a batch, see :func:`data.backbones.collate`."""
-    position_ids = _is_decoder(model) and "position_ids" in _forward_names(model)
+    position_ids = _is_decoder(model) and "position_ids" in _forward_names(model.base_model)
     # A partial of a module's function can be pickled for the workers of a data loader.
     return partial(_pad, tokenizer=tokenizer, position_ids=position_ids)
 

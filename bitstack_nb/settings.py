@@ -1,4 +1,4 @@
-"""The settings of both methods, and a check of them. This module loads no torch."""
+"""Values of settings, and a check of both methods' settings. This module loads no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from numbers import Real
 
 BUDGETS = ("union", "fresh")
 IMPORTANCES = ("gradient", "gradient-weight", "fisher")
+POOLINGS = ("cls", "mean")  # of the benchmark's classifier
 RANDOM = "random"  # for exact recall; locking random weights is the method random mask
 
 

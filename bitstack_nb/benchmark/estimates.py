@@ -66,7 +66,7 @@ def _costs(sequence: TaskSequence) -> dict[str, float]:
     """Seconds of a training step, an evaluation batch, and the rest of a stage."""
     protocol = sequence.protocol
     for number, stage in enumerate(sequence.stages[:2]):  # the first one warms up, and may lock
-        share = min(1, _STEPS / sequence.steps(stage))
+        share = min(1, _STEPS / max(1, sequence.steps(stage)))
         sequence.protocol = replace(protocol, epochs=share * protocol.epochs)
         clock = _Clock(sequence.device)
         start = clock.now()
@@ -75,7 +75,7 @@ def _costs(sequence: TaskSequence) -> dict[str, float]:
         sequence.save_stage(number + 1)
         spent, steps = clock.now() - start, clock.ticks
         sequence.protocol = protocol
-        step = (steps[-1] - steps[0]) / max(1, len(steps) - 1)
+        step = (steps[-1] - steps[0]) / max(1, len(steps) - 1) if steps else 0
         clock, start = _Clock(sequence.device), clock.now()
         with sequence.strategy.model_of(stage[-1]):
             sequence.accuracy_of(stage[-1], clock)

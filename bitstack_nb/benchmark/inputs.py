@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 
 from bitstack_nb.benchmark.protocol import Protocol
+from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.data.backbones import Backbone, encode, load_backbone
 from bitstack_nb.data.loading import TaskData, load_task
 from bitstack_nb.files import sha256
@@ -50,7 +51,12 @@ def load_inputs(protocol: Protocol, device: torch.device) -> Inputs:
         )
         for task in protocol.tasks
     ]
-    backbone = load_backbone(protocol.model, max_length=protocol.max_length, seed=protocol.seed)
+    backbone = load_backbone(
+        protocol.model,
+        max_length=protocol.max_length,
+        seed=protocol.seed,
+        pooling=all_strategies()[protocol.strategy].pooling or protocol.pooling,
+    )
     backbone.model.to(device)
     train = [encode(task.train, backbone) for task in tasks]
     test = [encode(task.test, backbone) for task in tasks]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.data.tasks import EVALUATIONS, FIVE_TASKS, SAMPLINGS, Task, find_task
-from bitstack_nb.settings import BUDGETS, IMPORTANCES, RANDOM
+from bitstack_nb.settings import BUDGETS, IMPORTANCES, POOLINGS, RANDOM
 
 if TYPE_CHECKING:
     from bitstack_nb.benchmark.strategy import Strategy
@@ -90,6 +90,12 @@ class Protocol:
     head_steps: int | None = _setting(
         None, "steps on a new task's head alone, before it is trained", whole=True, least=0
     )
+    pooling: str | None = _setting(
+        None,
+        "what heads read: the mean of a text's tokens, or cls, one token (the first; in decoders "
+        "the last); the model's own pooling if not given; always mean for probe",
+        choices=POOLINGS,
+    )
 
     def __post_init__(self) -> None:
         tasks = tuple(find_task(t) if isinstance(t, str) else t for t in self.tasks)
@@ -125,6 +131,8 @@ class Protocol:
             meant["head_learning_rate"] = None
         if self.head_steps == 0:
             meant["head_steps"] = None
+        if _strategy(self.strategy).pooling:
+            meant["pooling"] = None
         for item in fields(self):
             # 1 and 1.0 are one protocol. Not so for sizes: 1.0 is the whole split.
             if item.type in ("float", "float | None") and item.name not in meant:

@@ -96,7 +96,7 @@ class TaskSequence:
                 bar.set_description(f"{name} seed {self.protocol.seed}, up to {last}")
                 self.train_stage(number, stage, bar)
                 self.lock(number, stage)
-                self.evaluate(stage[-1], bar)
+                self.evaluate(stage, bar)
                 self._follow_drift(number, bar)
                 self.save_stage(number + 1)
         return self._result()
@@ -111,7 +111,7 @@ class TaskSequence:
                 own = self._loader(number, {stage[0]: self.train_data[stage[0]]})
                 fit_head(self._use_head(stage[0]), own, steps=self.protocol.head_steps)
         with self._timed("train"):
-            steps = train(
+            steps = self.strategy.trains and train(
                 model,
                 mixed(rows),
                 self.collate,
@@ -120,7 +120,7 @@ class TaskSequence:
                 device=self.device,
                 callbacks=[*self.strategy.callbacks(), ProgressBar(bar)],
             )
-        self.numbers["steps"].append(steps)
+        self.numbers["steps"].append(int(steps))
 
     def lock(self, number: int, stage: list[int]) -> None:
         """Let the strategy do what it does after a stage, and keep its statistics."""
@@ -129,11 +129,16 @@ class TaskSequence:
         if (stats := self.strategy.stats()) is not None:
             self.numbers["lock_stats"].append(stats)
 
-    def evaluate(self, last: int, bar: tqdm) -> None:
-        """Fill a row of the accuracy matrix: every task up to the last one trained."""
-        row = self.numbers["matrix"][last]
+    def evaluate(self, stage: list[int], bar: tqdm) -> None:
+        """Fill a row of the accuracy matrix: every task up to the last one trained.
+
+        An earlier task whose model is still the same has the accuracy of its own stage.
+        """
+        last, matrix = stage[-1], self.numbers["matrix"]
+        row = matrix[last]
+        row[:last] = [matrix[task][task] for task in range(last)]
         with self._timed("evaluate"):
-            for task in range(last + 1):
+            for task in self._tested(stage):
                 with self.strategy.model_of(task):
                     found = self._predict(task, bar)
                 row[task] = self._accuracy(task, found)
@@ -178,6 +183,10 @@ class TaskSequence:
     def _drifts(self) -> bool:
         return self.strategy.drifts and len(self.stages) > 1
 
+    def _tested(self, stage: list[int]) -> list[int]:
+        """The tasks to measure after a stage."""
+        return list(range(stage[-1] + 1)) if self.strategy.drifts else stage
+
     def _rows(self, stage: list[int]) -> dict[int, Dataset]:
         return self.strategy.rows(stage, self.train_data, self.protocol)
 
@@ -198,6 +207,8 @@ class TaskSequence:
 
     def steps(self, stage: list[int]) -> int:
         """Steps of training on a stage."""
+        if not self.strategy.trains:
+            return 0
         rows = sum(map(len, self._rows(stage).values()))
         return math.ceil(self.protocol.epochs * math.ceil(rows / self.protocol.batch_size))
 
@@ -206,7 +217,7 @@ class TaskSequence:
         stages = self.stages[len(self.stages) - left :]
         # Batches of evaluation are four times those of training.
         tests = [math.ceil(len(rows) / 4 / self.protocol.batch_size) for rows in self.test_data]
-        evaluation = sum(sum(tests[: stage[-1] + 1]) for stage in stages)
+        evaluation = sum(tests[task] for stage in stages for task in self._tested(stage))
         if stages and self._drifts:
             evaluation += tests[0] * len(drift.groups(self.model, self.strategy.masks()))
         return sum(map(self.steps, stages)), evaluation
@@ -292,7 +303,7 @@ class TaskSequence:
             importance=self.strategy.importance_record(),
             times={
                 **times,
-                "step": [seconds / count for seconds, count in steps],
+                "step": [seconds / count if count else None for seconds, count in steps],
                 "total": sum(sum(parts) for parts in times.values()),
             },
             peak_memory=self.numbers["peak_memory"],

@@ -33,7 +33,10 @@ class Strategy:
         order: place in tables and figures, ascending.
         colour: in figures, as matplotlib takes it.
         settings: the protocol's fields that this strategy uses, but not all strategies do.
-        drifts: whether later stages change the backbone that earlier tasks are predicted with.
+        drifts: whether later stages change the backbone that earlier tasks are predicted with. If
+            not, a task is tested only after its own stage.
+        trains: whether the Trainer trains anything.
+        pooling: of its classifier, whatever the protocol says.
     """
 
     name: ClassVar[str]
@@ -42,6 +45,8 @@ class Strategy:
     colour: ClassVar[str]
     settings: ClassVar[tuple[str, ...]] = ("head_steps",)
     drifts: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+    pooling: ClassVar[str | None] = None
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:
         self.model, self.protocol = model, protocol

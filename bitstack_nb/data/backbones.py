@@ -14,6 +14,7 @@ import datasets
 import torch
 import transformers
 
+from bitstack_nb.data.pooling import Pooled
 from bitstack_nb.pretrained import BackboneError, collator, load_pretrained, positions, prepare
 
 TINY = "tiny-gpt2"
@@ -24,7 +25,7 @@ class Backbone:
     """A sequence classifier with its tokenizer and the record of its origin.
 
     Attributes:
-        model: a float32 ``...ForSequenceClassification``.
+        model: a float32 ``...ForSequenceClassification``, or its backbone in a ``Pooled``.
         tokenizer: pads on the side that the model needs.
         name: the Hub name, the folder or ``"tiny-gpt2"``.
         max_length: texts are cut to this many tokens.
@@ -33,14 +34,14 @@ class Backbone:
             version of the embedded tasks); ``backbone_parameters`` counts all but the head's.
     """
 
-    model: transformers.PreTrainedModel
+    model: transformers.PreTrainedModel | Pooled
     tokenizer: transformers.PreTrainedTokenizerBase
     name: str
     max_length: int
     provenance: dict[str, Any]
 
 
-def load_backbone(name: str, *, max_length: int, seed: int) -> Backbone:
+def load_backbone(name: str, *, max_length: int, seed: int, pooling: str | None = None) -> Backbone:
     """Load a sequence classifier of transformers with its tokenizer, on the CPU.
 
     Args:
@@ -48,6 +49,8 @@ def load_backbone(name: str, *, max_length: int, seed: int) -> Backbone:
         max_length: texts are cut to this many tokens.
         seed: of the random weights: those that the files lack, usually the head, or all of the
             tiny GPT-2. The global random state is left as found.
+        pooling: what the head reads, see :class:`bitstack_nb.data.pooling.Pooled`; None keeps the
+            classifier that transformers has for the architecture.
 
     Raises:
         BackboneError: the name is unknown, gated or out of reach; the folder lacks a model or a
@@ -67,6 +70,8 @@ def load_backbone(name: str, *, max_length: int, seed: int) -> Backbone:
             f" use at most {limit}"
         )
     prepare(model, tokenizer, name)
+    if pooling:
+        model = Pooled(model, pooling)
     count = sum(parameter.numel() for parameter in model.base_model.parameters())
     return Backbone(
         model=model,

@@ -31,19 +31,21 @@ SMALL = Protocol(
     tasks=("imdb", "ag_news", "dbpedia"), train_size=64, test_size=56, max_length=24, epochs=1
 )
 TWO = replace(SMALL, tasks=SMALL.tasks[:2])
+MEAN = replace(SMALL, pooling="mean")
 STRATEGIES = {
     "finetune": SMALL,
     "bitstack": SMALL.with_strategy("bitstack", budget="fresh"),
-    "recall": replace(SMALL, head_learning_rate=1e-2).with_strategy("recall", sparsity=0.3),
-    "joint": SMALL.with_strategy("joint"),
+    "recall": replace(MEAN, head_learning_rate=1e-2).with_strategy("recall", sparsity=0.3),
+    "joint": MEAN.with_strategy("joint"),
     "bitstack-strict": SMALL.with_strategy("bitstack-strict"),
     "random-mask": SMALL.with_strategy("random-mask", budget="fresh"),
     "magnitude-mask": SMALL.with_strategy("magnitude-mask"),
     "frozen": replace(SMALL, head_learning_rate=1e-2).with_strategy("frozen"),
-    "ewc": SMALL.with_strategy("ewc", n_batches=2),
+    "ewc": MEAN.with_strategy("ewc", n_batches=2),
     "replay": SMALL.with_strategy("replay", replay_size=10),
-    "lora": SMALL.with_strategy("lora", rank=2),
-    "single": SMALL.with_strategy("single"),
+    "lora": MEAN.with_strategy("lora", rank=2),
+    "single": replace(SMALL, pooling="cls").with_strategy("single"),
+    "probe": SMALL.with_strategy("probe"),
 }
 
 
@@ -85,6 +87,9 @@ def test_predictions_give_the_accuracies_of_the_matrix(results, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_time_of_a_step_is_that_of_training_over_its_steps(results, strategy):
     times = results[strategy].times
+    if strategy == "probe":
+        assert times["step"] == [None] * 3
+        return
     sizes = {"joint": [3 * 64], "replay": [64, 74, 84]}.get(strategy, [64, 64, 64])
     for train, step, size in zip(times["train"], times["step"], sizes, strict=True):
         assert train / step == pytest.approx(math.ceil(size / SMALL.batch_size))
@@ -112,7 +117,7 @@ def test_tasks_of_exact_recall_have_own_weights_that_may_overlap(results):
 def test_where_the_first_task_was_forgotten(results):
     """The same number of examples is behind every accuracy; nothing drifts under its own model."""
     for name, result in results.items():
-        drifts = name not in ("joint", "recall", "frozen", "lora", "single")
+        drifts = name not in ("joint", "recall", "frozen", "lora", "single", "probe")
         assert bool(result.drift) == drifts, name
         assert {"norms", "attention", "MLP"} <= result.drift.keys() or not drifts
         assert all(0 <= group["accuracy"] <= 100 for group in result.drift.values())
@@ -139,9 +144,12 @@ def test_result_says_where_it_comes_from(results):
     assert len(result.times["train"]) == len(result.times["update"]) == 3
 
 
-@pytest.mark.parametrize("strategy", ["recall", "lora", "single"])
-def test_a_model_per_task_forgets_nothing(tmp_path, monkeypatch, strategy):
-    """Every task is predicted, row by row, as just after it was trained."""
+@pytest.mark.parametrize("strategy", ["recall", "lora", "single", "probe"])
+def test_a_model_per_task_forgets_nothing(results, tmp_path, monkeypatch, strategy):
+    """Every task is predicted, row by row, as just after it was trained.
+
+    So a run tests it only then, and has the same matrix.
+    """
     logits = []  # of tasks 1; 1, 2; 1, 2, 3
 
     def watched(model, *args, **kwargs):
@@ -154,8 +162,13 @@ def test_a_model_per_task_forgets_nothing(tmp_path, monkeypatch, strategy):
             handle.remove()
 
     monkeypatch.setattr(sequence, "predict", watched)
-    result = run(STRATEGIES[strategy], output=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sequence.TaskSequence, "_tested", lambda _, stage: range(stage[-1] + 1))
+        result = run(STRATEGIES[strategy], output=tmp_path / "all")
     assert len(logits) == 6
+    run(STRATEGIES[strategy], output=tmp_path / "own")
+    assert len(logits) == 6 + 3
+    assert result.matrix == results[strategy].matrix
     for first, *later in ((0, 1, 3), (2, 4)):
         for again in later:
             assert all(map(torch.equal, logits[first], logits[again]))

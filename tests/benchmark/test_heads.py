@@ -10,15 +10,37 @@ import torch
 from tiny_backbones import DECODERS, HEAD
 
 from bitstack_nb.data.backbones import Backbone, collate, encode, load_backbone
+from bitstack_nb.data.pooling import Pooled
 from bitstack_nb.head import Head, labelled, part_names, place, present
 
 ROWS = datasets.Dataset.from_dict({"text": ["red sun", "moon"], "label": [1, 0]})
 
 
-# A decoder, and encoders whose heads are made of one, two and two modules.
-@pytest.fixture(params=["gpt2", "bert", "distilbert", "modernbert"])
+# A decoder, and encoders whose heads are made of one, two and two modules; then linear heads.
+OWN = [(architecture, None) for architecture in ("gpt2", "bert", "distilbert", "modernbert")]
+POOLED = [(each, "mean") for each in ("gpt2", "bert", "distilbert")]
+POOLED += [("gpt2", "cls"), ("bert", "cls")]
+
+
+@pytest.fixture(params=OWN + POOLED, ids=str)
 def backbone(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Backbone:
-    return load_backbone(str(folders[request.param]), max_length=8, seed=0)
+    architecture, pooling = request.param
+    return load_backbone(str(folders[architecture]), max_length=8, seed=0, pooling=pooling)
+
+
+@pytest.mark.parametrize(("architecture", "pooling"), POOLED)
+def test_a_pooled_head_reads_the_texts_own_states(folders, architecture, pooling) -> None:
+    """Of all its tokens or of one, and never of the padding."""
+    backbone = load_backbone(str(folders[architecture]), max_length=8, seed=0, pooling=pooling)
+    model, head = backbone.model, make(backbone, 3)
+    place(model, head)
+    rows = list(encode(ROWS, backbone))
+    found = logits(model, collate(backbone)(rows))
+    own = next(iter(head.parts.values()))
+    for row, expected in zip(rows, found, strict=True):
+        states = model.base_model(torch.tensor([row["input_ids"]])).last_hidden_state[0]
+        one = states[-1 if architecture in DECODERS else 0]
+        torch.testing.assert_close(own(states.mean(0) if pooling == "mean" else one), expected)
 
 
 def make(backbone: Backbone, labels: int, *, seed: str = "0/a") -> Head:
@@ -59,7 +81,8 @@ def test_a_head_is_all_that_is_outside_the_backbone(backbone: Backbone) -> None:
     architecture = Path(backbone.name).name
     usual = {"score"} if architecture in DECODERS else {"classifier"}
     head = make(backbone, 4)
-    assert head.parts.keys() == HEAD.get(architecture, usual)
+    pooled = isinstance(backbone.model, Pooled)
+    assert head.parts.keys() == (usual if pooled else HEAD.get(architecture, usual))
     place(backbone.model, head)
     own = {id(p) for _, p in head.named_parameters()}
     base = {id(p) for p in backbone.model.base_model.parameters()}

@@ -43,6 +43,9 @@ def test_a_name_depends_on_what_matters():
     for strategy, setting, value in (("ewc", "strength", 5), ("lora", "rank", 4)):
         own = SMALL.with_strategy(strategy)
         assert own.name != replace(own, **{setting: value}).name
+    assert SMALL.name != replace(SMALL, pooling="mean").name
+    probe = SMALL.with_strategy("probe")
+    assert probe == replace(probe, pooling="cls", head_steps=4)
     for strategy in ("recall", "joint"):  # recall fits heads anyway, joint training has no new one
         assert SMALL.with_strategy(strategy, head_steps=4) == SMALL.with_strategy(strategy)
 
@@ -60,8 +63,8 @@ def test_every_strategy_says_how_it_is_shown():
     assert len({s.colour for s in strategies.values()}) == len(strategies)
     known = {item.name for item in fields(Protocol)}
     assert all(known.issuperset(s.settings) for s in strategies.values())
-    shown = ("finetune", "ewc", "replay", "random-mask", "bitstack", "lora", "recall", "single")
-    assert [name for name in strategies if name in shown] == list(shown)
+    shown = ["probe", "finetune", "ewc", "replay", "random-mask", "bitstack", "lora", "recall"]
+    assert [name for name in strategies if name in (*shown, "single")] == [*shown, "single"]
 
 
 def test_a_new_strategy_is_a_new_file(tmp_path, monkeypatch):
@@ -116,6 +119,7 @@ def test_importing_protocols_loads_no_heavy_library():
         ({"strategy": "bitstack", "budget": "new"}, "new.*fresh"),
         ({"strategy": "bitstack", "importance": "luck"}, "luck.*fisher"),
         ({"strategy": "bitstack", "importance": "random"}, "random.*fisher"),
+        ({"pooling": "max"}, "max.*cls, mean"),
         ({"head_learning_rate": 0}, "head_learning_rate is 0"),
         ({"strategy": "ewc", "strength": -1}, "strength is -1.*0 on"),
         ({"strategy": "lora", "rank": 0}, "rank is 0.*at least 1"),

@@ -7,12 +7,16 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from torch.nn.functional import one_hot
 
 from bitstack_nb import ExactRecall, Protocol
 from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.benchmark.strategies.bitstack_strict import small_parameters
 from bitstack_nb.benchmark.strategies.ewc import single_examples
+from bitstack_nb.benchmark.strategies.probe import L2, best_regression
 from bitstack_nb.benchmark.strategies.replay import kept_rows
+from bitstack_nb.data.pooling import Pooled
+from bitstack_nb.features import mean_pooled
 from bitstack_nb.fitting import fit_head
 
 CONTROLS = ("random-mask", "magnitude-mask")
@@ -56,6 +60,29 @@ def test_frozen_moves_the_backbone_in_the_first_task_only():
     train_stage(strategy, 1)
     assert same(first, backbone(model))
     assert not torch.equal(head, model.classifier.weight)
+
+
+def test_the_probe_solves_its_heads_and_moves_nothing_else():
+    model = Pooled(tiny.bert(), "mean")
+    strategy, base = make("probe", model), backbone(model)
+    batches = tiny.batches(4, seed=0)
+    strategy.before_stage(0, batches)
+    assert same(base, backbone(model)) and not strategy.trains and strategy.storage([]) == 0
+    features = mean_pooled(model, batches)
+    labels = torch.cat([batch["labels"] for batch in batches])
+    logits = torch.cat([model.eval()(**batch).logits for batch in batches])
+    torch.testing.assert_close(logits, model.head(features))
+    # At the least loss the residuals are as the penalty says, and sum to 0 over the rows.
+    residuals = (logits.softmax(-1) - one_hot(labels, 3)).double()
+    assert residuals.mean(0).abs().max() < 1e-4
+    slope = residuals.T @ features.double() / len(labels)
+    strengths = slope / -(model.head.weight * features.var(0, correction=0))
+    assert min(abs(strengths.median() - l2) / l2 for l2 in L2) < 1e-2
+
+
+def test_the_probe_needs_no_rows_of_every_class():
+    weight, bias = best_regression(torch.randn(6, 4).double(), torch.tensor([0, 1] * 3), 3, seed=0)
+    assert weight.shape == (3, 4) and bias.isfinite().all()
 
 
 def test_lora_moves_only_the_adapter_of_its_task():

@@ -8,7 +8,7 @@ import numpy as np
 
 from bitstack_nb.benchmark.curves import SPARSITIES, LockCurves
 from bitstack_nb.results.metrics import summarize
-from bitstack_nb.results.predictions import as_text
+from bitstack_nb.results.plain_json import as_text
 from bitstack_nb.results.result import Result
 
 TASKS = ("imdb", "ag_news", "dbpedia")
@@ -53,14 +53,15 @@ def run(strategy: str = "bitstack", seed: int = 0, *, tasks=TASKS, **settings: A
         if strategy == "joint"
         else {"bytes": int(rng.integers(2, 9)) * 10_000 * len(own)},
         drift=drift(rng, bool(locks)) if strategy in ("bitstack", "finetune") else {},
-        predictions=[predictions(name, rng, learnt=strategy != "joint") for name in tasks],
+        predictions=[predictions(name, seed, rng) for name in tasks],
     )
 
 
-def predictions(task: str, rng: np.random.Generator, *, learnt: bool) -> dict[str, str | None]:
-    """Labels of ten texts of three classes, without regard to the matrix."""
-    own = {name: as_text(rng.integers(0, 3, 10)) for name in ("labels", "learnt", "final")}
-    return {"task": task} | own | ({} if learnt else {"learnt": None})
+def predictions(task: str, seed: int, rng: np.random.Generator) -> dict[str, str]:
+    """Labels of a seed's ten texts of three classes, predicted without regard to the matrix."""
+    own = {"labels": as_text(np.random.default_rng([seed, *task.encode()]).integers(0, 3, 10))}
+    own |= {name: as_text(rng.integers(0, 3, 10)) for name in ("learnt", "final")}
+    return {"task": task} | own
 
 
 def drift(rng: np.random.Generator, locks: bool) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from bitstack_nb.data.backbones import collate
 from bitstack_nb.fitting import fit_head
 from bitstack_nb.head import labelled, part_names, place, present
 from bitstack_nb.results import metrics
-from bitstack_nb.results.predictions import as_text
+from bitstack_nb.results.plain_json import as_text
 from bitstack_nb.results.provenance import peak_memory, provenance
 from bitstack_nb.results.result import Result
 

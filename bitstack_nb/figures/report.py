@@ -14,7 +14,13 @@ from bitstack_nb.figures.methods import grouped, labels, rank
 from bitstack_nb.figures.style import Figure, png
 from bitstack_nb.files import replacing
 from bitstack_nb.results.frames import frame
-from bitstack_nb.results.pairs import mean_differences, paired_table, paired_tasks, pairs
+from bitstack_nb.results.pairs import (
+    forward_transfers,
+    mean_differences,
+    paired_table,
+    paired_tasks,
+    pairs,
+)
 from bitstack_nb.results.result import Result, ResultError
 from bitstack_nb.results.tables import (
     by_configuration,
@@ -159,6 +165,7 @@ def tables_text(results: list[Result]) -> str:
         "Difference to fine-tuning": partial(paired_table, results, "finetune"),
         "Difference to separate models": partial(paired_table, results, "single"),
         "Difference to separate models, task by task": partial(paired_tasks, results, "single"),
+        "Forward transfer": partial(forward_transfers, results, "single"),
         "Difference to the random mask": partial(paired_table, results, "random-mask"),
     }.items():
         try:

@@ -1,4 +1,4 @@
-"""Recorded runs: results, tables with intervals over seeds, paired comparisons."""
+"""Recorded runs: results, tables with intervals over seeds, paired comparisons and tests."""
 
 from bitstack_nb.lazy import attach
 
@@ -17,5 +17,10 @@ __getattr__, __dir__, __all__ = attach(
         "paired_table": "pairs",
         "paired_tasks": "pairs",
         "verdict": "pairs",
+        "forward_transfers": "pairs",
+        "contrasts": "significance",
+        "confusion": "predictions",
+        "macro_f1": "predictions",
+        "mcnemar": "predictions",
     },
 )

@@ -87,13 +87,29 @@ def backward_transfer(matrix: Matrix) -> float:
     return _mean((a[-1] - np.diagonal(a))[:-1])
 
 
+def forward_transfer(matrix: Matrix, separate: Matrix) -> float:
+    """Mean over the tasks but the first of ``a[i, i] - s[i, i]``, in points; negative: hindered.
+
+    ``separate`` is the matrix ``s`` of separate models with the same tasks, texts and order. FWT of
+    Lopez-Paz & Ranzato 2017 needs ``a[i - 1, i]``, the accuracy before a task is trained. With a
+    head per task it does not exist, because a head is made with its task. So this compares what is
+    learnt, as Wolczyk et al. 2021, "Continual World", do with training curves. It counts what a
+    method cannot learn as negative transfer, which Chen et al. 2023, "Is forgetting less a good
+    inductive bias for forward transfer?", object to.
+    """
+    a, s = accuracy_matrix(matrix), accuracy_matrix(separate)
+    if a.shape != s.shape:
+        raise ValueError(f"{len(a)} tasks cannot be compared with {len(s)}")
+    return _mean((np.diagonal(a) - np.diagonal(s))[1:])
+
+
 def first_task_after_last(matrix: Matrix) -> float:
     """Accuracy on the first task after the last one was trained, in percent."""
     return float(accuracy_matrix(matrix)[-1, 0])
 
 
 def summarize(matrix: Matrix) -> dict[str, float | None]:
-    """Every metric above that is one number, by name; None where it cannot be computed."""
+    """Every metric above that is one number of one matrix, by name; None: cannot be computed."""
     metrics = (
         average_accuracy,
         learning_accuracy,
@@ -136,6 +152,13 @@ def student_quantile(degrees: int, confidence: float = 0.95) -> float:
         else:
             high = middle
     return math.sqrt(degrees) * math.tan((low + high) / 2)
+
+
+def student_tail(t: float, degrees: int) -> float:
+    """``P(T > t)`` for Student's T with ``degrees`` of freedom; see ``student_quantile``."""
+    beyond = (1 - _central_probability(math.atan(abs(t) / math.sqrt(degrees)), degrees)) / 2
+    beyond = max(beyond, 0.0)  # a rounding error of the series may reach below
+    return beyond if t > 0 else 1 - beyond
 
 
 def _mean(values: np.ndarray) -> float:

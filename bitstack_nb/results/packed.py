@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bitstack_nb.results.predictions import as_text, numbers
+from bitstack_nb.results.plain_json import as_text, from_text
 
 RUNS, ARRAYS = "runs.jsonl", "arrays.npz"
 _SHARED = (
@@ -83,7 +83,7 @@ def unpack(file: Path) -> list[dict[str, Any]]:
 
 def _pack_importance(importance: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     cells = [
-        row | {name: [int(step) for step in row[name].split()] for name in _CURVES}
+        row | {name: from_text(row[name]).tolist() for name in _CURVES}
         for row in importance["cells"]
     ]
     return {
@@ -97,7 +97,7 @@ def _unpack_importance(packed: dict[str, Any], arrays: np.lib.npyio.NpzFile) -> 
     cells = _unpack_table(packed["cells"], arrays)
     return {
         "sparsities": arrays[packed["sparsities"]].tolist(),
-        "cells": [row | {name: " ".join(map(str, row[name])) for name in _CURVES} for row in cells],
+        "cells": [row | {name: as_text(row[name]) for name in _CURVES} for row in cells],
         "shared": _unpack_table(packed["shared"], arrays),
     }
 
@@ -105,7 +105,7 @@ def _unpack_importance(packed: dict[str, Any], arrays: np.lib.npyio.NpzFile) -> 
 def _pack_labels(own: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """A task's predictions, with the names of arrays in place of labels."""
     texts = {name: own[name] for name in _LABELS if own[name] is not None}
-    return own | {name: _store(numbers(text).tolist(), arrays) for name, text in texts.items()}
+    return own | {name: _store(from_text(text).tolist(), arrays) for name, text in texts.items()}
 
 
 def _unpack_labels(packed: dict[str, Any], arrays: np.lib.npyio.NpzFile) -> dict[str, Any]:

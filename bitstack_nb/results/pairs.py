@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bitstack_nb.results.frames import averages, frame, task_frame
+from bitstack_nb.results.metrics import forward_transfer
 from bitstack_nb.results.result import Result, ResultError
 from bitstack_nb.results.tables import shown
 
@@ -29,6 +30,8 @@ _HEAD_STEPS = (
     *("frozen", "ewc", "replay", "lora", "single"),
 )
 OTHER = "_other"
+# A strategy's name, or settings of a protocol that tell one configuration from the others.
+Choice = str | Mapping[str, Any]
 _DRAW = ["seed", "order"]
 
 
@@ -87,6 +90,67 @@ def _rates(settings: dict[str, Any]) -> tuple[float | None, float | None]:
     """The learning rates of the backbone and of the heads."""
     rate = settings.get("learning_rate")
     return rate, settings.get("head_learning_rate") or rate
+
+
+def chosen(runs: pd.DataFrame, choice: Choice) -> pd.DataFrame:
+    """The runs of ``frames.frame`` of the one configuration with a strategy's name, or settings.
+
+    Raises ResultError where none has them, or several have.
+    """
+    wanted = {"strategy": choice} if isinstance(choice, str) else dict(choice)
+    wanted = {"published": None} | wanted
+    configurations = {text: _settings(text) for text in runs["configuration"].unique()}
+    found = [t for t, own in configurations.items() if all(own.get(k) == wanted[k] for k in wanted)]
+    if len(found) != 1:
+        alike = [configurations[text] for text in found]
+        differ = {k for own in alike for k in own if any(o.get(k) != own[k] for o in alike)}
+        raise ResultError(
+            f"{choice!r} chooses {len(found)} configurations: "
+            + (f"name one of {sorted(differ)} too" if found else "no run has these settings")
+        )
+    return runs[runs["configuration"] == found[0]]
+
+
+def chosen_pairs(runs: pd.DataFrame, one: Choice, other: Choice) -> pd.DataFrame:
+    """The runs of one configuration beside those of another with the same seed and order.
+
+    Columns are as in ``pairs``. Both need the same settings, but for tuned ones, those that only
+    one of both has, and those that a choice names.
+
+    Raises:
+        ResultError: a choice is not clear, both differ in more, or there is no pair.
+    """
+    first, second = chosen(runs, one), chosen(runs, other)
+    settings, others = (_settings(own["configuration"].iloc[0]) for own in (first, second))
+    named = {name for choice in (one, other) if not isinstance(choice, str) for name in choice}
+    compared = (settings.keys() & others.keys()) - {"strategy", *_TUNED, *named}
+    if differ := sorted(name for name in compared if settings[name] != others[name]):
+        raise ResultError(f"{one!r} and {other!r} differ in {differ}: name these where it is meant")
+    paired = first.merge(second, on=_DRAW, suffixes=("", OTHER))
+    if paired.empty:
+        raise ResultError(f"{one!r} and {other!r} have no seed with the same order in common")
+    return paired
+
+
+def forward_transfers(results: Iterable[Result], baseline: str = "single") -> pd.DataFrame:
+    """One row per configuration with partners: ``metrics.forward_transfer``, seed by seed.
+
+    Columns: what ``tables.shown`` gives; ``seeds`` (pairs); ``forward_transfer`` in points and the
+    half width of its 95 % Student interval.
+
+    Raises:
+        ResultError: no run has a partner.
+    """
+    runs = frame(results)
+    paired = pairs(runs, baseline)
+    both = zip(paired["result"], paired[f"result{OTHER}"], strict=True)
+    values = [forward_transfer(own.matrix, other.matrix) for own, other in both]
+    found = averages(paired.assign(forward_transfer=values), ["forward_transfer"])
+    found.insert(0, "seeds", paired.groupby("configuration").size())
+    found = found.dropna(subset="forward_transfer")
+    if found.empty:
+        raise no_pairs(baseline)
+    return shown(runs).join(found, how="inner").reset_index(drop=True)
 
 
 def mean_differences(paired: pd.DataFrame, columns: Collection[str]) -> pd.DataFrame:

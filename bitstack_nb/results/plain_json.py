@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,16 @@ def plain(value: Any, where: str) -> Any:
         return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
     kind = type(value).__name__
     raise TypeError(f"{where} is a {kind}, which JSON cannot hold: convert it to text or numbers")
+
+
+def as_text(numbers: Iterable[int]) -> str:
+    """Whole numbers in one line of text, short enough to be read beside other fields."""
+    return " ".join(map(str, np.asarray(numbers).tolist()))
+
+
+def from_text(text: str) -> np.ndarray:
+    """The numbers of a line of text: int64 ``[count]``."""
+    return np.array(text.split(), dtype=np.int64)
 
 
 def canonical(value: Any) -> str:

@@ -66,7 +66,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
 
     kept = [name for name in frame.columns if not name.endswith("_interval")]
     rows = [
-        [_cell(row[name], row.get(f"{name}_interval"), f"{name}_interval" in row) for name in kept]
+        [_cell(n, row[n], row.get(f"{n}_interval"), f"{n}_interval" in row) for n in kept]
         for row in frame.to_dict("records")
     ]
     return pd.DataFrame(rows, columns=[COLUMNS.get(n, n.replace("_", " ")) for n in kept])
@@ -141,9 +141,11 @@ def _listed(values: pd.Series) -> str:
     return ", ".join(map(str, sorted(values.unique())))
 
 
-def _cell(value: Any, half: float | None, is_metric: bool) -> str:
+def _cell(name: str, value: Any, half: float | None, is_metric: bool) -> str:
     if value is None or value != value:  # NaN
         return "–"
+    if name.split("_")[0] == "p":  # of a test
+        return f"{value:.4f}" if value >= 1e-4 else "< 0.0001"
     if is_metric:
         return f"{value:.1f}" if half != half else f"{value:.1f} ± {half:.1f}"
     return f"{value:.10g}" if isinstance(value, float) else str(value)

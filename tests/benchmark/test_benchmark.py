@@ -24,7 +24,7 @@ from bitstack_nb.data.backbones import collate, encode, load_backbone
 from bitstack_nb.data.loading import load_task
 from bitstack_nb.data.tasks import find_task
 from bitstack_nb.head import labelled, place, present
-from bitstack_nb.results.predictions import numbers
+from bitstack_nb.results.plain_json import from_text
 
 # Small enough for seconds, large enough that every stage trains and locks something.
 SMALL = Protocol(
@@ -75,13 +75,13 @@ def test_predictions_give_the_accuracies_of_the_matrix(results, strategy):
     test = load_inputs(STRATEGIES[strategy], torch.device("cpu")).test
     for at, own in enumerate(result.predictions):
         assert own["task"] == result.protocol["tasks"][at]["name"]
-        labels = numbers(own["labels"])
+        labels = from_text(own["labels"])
         assert labels.tolist() == test[at]["labels"][:]
         for text, expected in (
             (own["learnt"], result.matrix[at][at]),
             (own["final"], result.matrix[-1][at]),
         ):
-            assert (text and 100 * (numbers(text) == labels).mean()) == expected
+            assert (text and 100 * (from_text(text) == labels).mean()) == expected
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

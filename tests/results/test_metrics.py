@@ -27,6 +27,14 @@ def test_values_of_a_matrix_worked_by_hand():
     assert metrics.forgetting_per_task(RISING).tolist() == [20, 5]
 
 
+def test_forward_transfer_is_what_is_learnt_beyond_separate_models():
+    separate = [[70.0, None, None], [70.0, 74.0, None], [70.0, 74.0, 69.0]]
+    assert metrics.forward_transfer(RISING, separate) == (-4 + 6) / 2  # not of the first task
+    assert math.isnan(metrics.forward_transfer([[75.0]], [[75.0]]))
+    with pytest.raises(ValueError, match="3 tasks cannot be compared with 1"):
+        metrics.forward_transfer(RISING, [[75.0]])
+
+
 def test_relations_that_hold_for_every_matrix():
     generator = np.random.default_rng(0)
     for tasks in range(2, 8):

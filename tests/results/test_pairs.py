@@ -6,8 +6,15 @@ import pytest
 from toy_results import TASKS, published, run
 
 from bitstack_nb.results.frames import frame
-from bitstack_nb.results.metrics import mean_interval
-from bitstack_nb.results.pairs import METRICS, paired_table, paired_tasks, pairs, verdict
+from bitstack_nb.results.metrics import forward_transfer, mean_interval
+from bitstack_nb.results.pairs import (
+    METRICS,
+    forward_transfers,
+    paired_table,
+    paired_tasks,
+    pairs,
+    verdict,
+)
 from bitstack_nb.results.result import ResultError
 
 SEEDS = range(4)
@@ -102,6 +109,18 @@ def test_tables_hold_the_means_of_the_differences():
     for at, task in enumerate(TASKS):
         values = [locked.matrix[-1][at] - plain.matrix[-1][at] for plain, locked in by_seed]
         assert tasks[task].item() == pytest.approx(mean_interval(values)[0])
+
+
+def test_forward_transfer_is_paired_with_separate_models():
+    results = [*RESULTS, *(run("single", seed) for seed in SEEDS)]
+    table = forward_transfers([*results, run("bitstack", 9), run("joint", 0)])
+    assert list(table["strategy"]) == ["bitstack", "finetune"]
+    both = [(run("bitstack", seed).matrix, run("single", seed).matrix) for seed in SEEDS]
+    values = [forward_transfer(*matrices) for matrices in both]
+    found = table.loc[0, ["seeds", "forward_transfer", "forward_transfer_interval"]]
+    assert list(found) == pytest.approx([len(SEEDS), *mean_interval(values)])
+    with pytest.raises(ResultError, match="nothing to pair"):
+        forward_transfers(RESULTS)
 
 
 def test_order_does_not_matter_and_runs_without_partner_do_not_count():

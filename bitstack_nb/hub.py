@@ -38,6 +38,8 @@ def hub_errors(
     """
     try:
         yield
+    except raises:  # one of one line already
+        raise
     except Exception as error:  # httpx, fsspec and datasets each raise errors of their own
         raise raises(_explain(error, kind, name, instead)) from error
 
@@ -72,6 +74,9 @@ def _explain(error: Exception, kind: str, name: str, instead: str) -> str:
     names = re.search(r"(?:available configs|Available): \[([^\]]+)\]", str(error))
     if names:
         return f"{name} has several configurations: choose with Task(config=...) one of {names[1]}"
+    if decoding := next((cause for cause in causes if isinstance(cause, UnicodeDecodeError)), None):
+        found = first_line(decoding)
+        return f"{name}: a file on the Hub is not UTF-8 ({found}): save it as UTF-8, or {instead}"
     if any(isinstance(cause, _NO_NETWORK) for cause in causes):
         return f"{name}: no connection to the Hub and no copy in the cache: connect, or {instead}"
     return f"{name}: cannot be read from the Hub ({first_line(error)}): {instead}"

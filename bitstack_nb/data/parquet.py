@@ -24,20 +24,29 @@ _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(-[0-9a-f]+)?")
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The rows of one file.
+class Header:
+    """What a file says of its columns.
 
     Attributes:
-        file: its path.
-        sha256: of its bytes.
-        table: the columns asked for; text as bytes, which need not be UTF-8.
+        file: its path, or its address on the Hub.
         classes: names of the classes by column, where the file says them.
     """
 
-    file: Path
+    file: Path | str
+    classes: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Shard(Header):
+    """The rows of one file.
+
+    Attributes:
+        sha256: of its bytes.
+        table: the columns asked for; text as bytes, which need not be UTF-8.
+    """
+
     sha256: str
     table: pa.Table
-    classes: dict[str, list[str]]
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
@@ -79,17 +88,14 @@ def read_shard(file: Path, columns: list[str]) -> Shard:
         schema = parquet.schema_arrow
         check_columns(str(file), columns, schema.names)
         table = parquet.read(columns=columns).select(columns)
-        features = datasets.Features.from_arrow_schema(table.schema)
+        classes = class_names(table.schema)
     except DataError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(
             f"cannot read {file} ({first_line(error)}): replace it by a whole Parquet file"
         ) from error
-    names = {name: getattr(features[name], "names", None) for name in columns}
-    classes = {name: known for name, known in names.items() if known}
-    plain = pa.table({name: _plain(table[name]) for name in columns})
-    return Shard(file, hashlib.sha256(data).hexdigest(), plain, classes)
+    return Shard(file, classes, hashlib.sha256(data).hexdigest(), plain(table))
 
 
 def joined(shards: list[Shard]) -> datasets.Dataset:
@@ -112,7 +118,14 @@ def joined(shards: list[Shard]) -> datasets.Dataset:
     return datasets.Dataset(table, fingerprint=digest.hexdigest()[:16])
 
 
-def check_classes(column: str, one: Shard, other: Shard) -> None:
+def class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """The names of the classes by column, where datasets has written them into the schema."""
+    features = datasets.Features.from_arrow_schema(schema)
+    names = {name: getattr(feature, "names", None) for name, feature in features.items()}
+    return {name: known for name, known in names.items() if known}
+
+
+def check_classes(column: str, one: Header, other: Header) -> None:
     """Raise DataError if two files number the classes of a column in another order."""
     first, second = one.classes.get(column), other.classes.get(column)
     if first and second and first != second:
@@ -122,8 +135,12 @@ def check_classes(column: str, one: Shard, other: Shard) -> None:
         )
 
 
+def plain(table: pa.Table) -> pa.Table:
+    """A table without dictionaries, and text as bytes: pyarrow reads text without a check."""
+    return pa.table({name: _plain(table[name]) for name in table.column_names})
+
+
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column without a dictionary, and text as bytes: pyarrow reads text without a check."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)

@@ -12,17 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 from datasets.packaged_modules.cache.cache import Cache
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, HfFileSystem
 
 from bitstack_nb.data.columns import HELD_OUT, OTHER_SPLIT
 from bitstack_nb.data.embedded import EMBEDDED_VERSION, embedded_split
 from bitstack_nb.data.errors import DataError
-from bitstack_nb.data.parquet import Shard, check_classes, joined, read_shard, split_files
+from bitstack_nb.data.parquet import (
+    Header,
+    Shard,
+    check_classes,
+    class_names,
+    joined,
+    plain,
+    read_shard,
+    split_files,
+)
 from bitstack_nb.data.tasks import FIVE_TASKS, Task
 from bitstack_nb.hub import TIMEOUT, first_line, hub_errors
 
 logger = logging.getLogger(__name__)
+_BATCH = 1000  # rows of a stream that are decoded at once
 
 
 class Source:
@@ -148,6 +159,7 @@ class _Hub(Source):
 
     def __init__(self, task: Task) -> None:
         self._task = task
+        self._headers: list[Header] = []  # of the Parquet files read so far
         self._dataset, self._config = dataset, config = task.dataset, task.config
         with self._errors():
             try:
@@ -164,16 +176,22 @@ class _Hub(Source):
     def table(self, split: str) -> datasets.Dataset:
         name = self._name(split)
         with self._errors():
+            self._check_classes(name)
             self._builder.download_and_prepare()
-            return self._builder.as_dataset(name)
+            table = self._builder.as_dataset(name)
+            return datasets.Dataset(plain(table.data.table), fingerprint=table._fingerprint)
 
     def stream(self, split: str) -> Iterator[dict[str, Any]]:
+        if isinstance(self._builder, Cache):  # which cannot stream
+            yield from self.table(split)
+            return
         name = self._name(split)
         with self._errors():
-            if isinstance(self._builder, Cache):  # which cannot stream
-                yield from self._builder.as_dataset(name)
-            else:
-                yield from self._builder.as_streaming_dataset(name)
+            self._check_classes(name)
+            # As arrow tables, because datasets would decode the text of a table without a place.
+            stream = self._builder.as_streaming_dataset(name).with_format("arrow")
+            for table in stream.iter(_BATCH):
+                yield from plain(table).to_pylist()
 
     def place(self, split: str, number: int) -> str:
         return f"row {number} of {self._name(split)}"
@@ -196,6 +214,17 @@ class _Hub(Source):
                 f"{self._dataset} has no {name} split, only {', '.join(map(str, there))}{other}"
             )
         return name
+
+    def _check_classes(self, name: str) -> None:
+        """Compare how the files of a split, and those read before, number the task's classes."""
+        if isinstance(self._builder, Cache):  # compared when the Hub sent them
+            return
+        for file in (self._builder.config.data_files or {}).get(name, []):
+            if file.startswith("hf://") and file.endswith(".parquet"):
+                with HfFileSystem().open(file) as opened:
+                    header = Header(file, class_names(pq.read_schema(opened)))
+                self._headers.append(header)
+                check_classes(self._task.label, self._headers[0], header)
 
     def _errors(self) -> Any:
         file = f"FOLDER/{self._task.folder}/train.parquet"

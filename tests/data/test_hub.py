@@ -18,13 +18,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import ClassLabel
 from hub_server import COMMIT, serve
 from toy_data import SIZES, TASK, write_toy
 
 from bitstack_nb.data import find_task, load_backbone, load_task
 
 FETCHED = {"train_size": 0.25, "test_size": 0.2, "seed": 0}
+WHOLE = {"train_size": 1.0, "test_size": 1.0}
 # One seed has to name the same streamed rows with every version of datasets.
 STREAMED = "79f5e7976383c8ceec74f4da878d0d38631e1f6cceea0768779d1bcd3b64278d"
 
@@ -67,6 +71,9 @@ def client() -> None:
     dataset("no test", "someone/untested")
     dataset("no test, whole", "someone/untested", **FETCHED)
     dataset("named test", "someone/untested", {"test_split": "validation", "pair": True})
+    for kind in ("swapped", "latin", "csv"):
+        for how in ({"train_size": 120}, WHOLE):
+            dataset(f"{kind}{' whole' if how is WHOLE else ''}", f"someone/{kind}", **how)
     urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/stop").read()
     model("cached model", "someone/model")
     dataset("cached fetched", "someone/toy", **FETCHED)
@@ -95,6 +102,7 @@ def answers(root: Path, folders: dict[str, Path]) -> dict[str, dict]:
     several = shutil.copytree(root / "datasets/someone/toy", root / "datasets/someone/several")
     configs = [{"config_name": n, "data_files": "*.parquet"} for n in ("de", "en")]
     (several / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    write_faulty(root / "datasets" / "someone")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     environment |= {"HF_ENDPOINT": serve(root), "HF_HOME": str(root / "home"), "PYTHONPATH": path}
@@ -102,6 +110,24 @@ def answers(root: Path, folders: dict[str, Path]) -> dict[str, dict]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def write_faulty(root: Path) -> None:
+    """Datasets whose test file has other classes, or text that is not UTF-8 (in two formats)."""
+    for name in ("swapped", "latin", "csv"):
+        shutil.copytree(root / "toy", root / name)
+    for split, names in (("train", ["a", "b", "c"]), ("test", ["c", "b", "a"])):
+        file = str(root / "swapped" / f"{split}.parquet")
+        data = datasets.Dataset(pq.read_table(file)).cast_column("kind", ClassLabel(names=names))
+        data.to_parquet(file)
+    rows = pq.read_table(root / "latin" / "train.parquet").to_pydict()
+    texts = [text.encode() for text in rows["title"][:-1]] + ["né".encode("latin-1")]
+    rows["title"] = pa.array(texts, pa.binary()).view(pa.string())
+    pq.write_table(pa.table(rows), root / "latin" / "train.parquet")
+    for split in ("train", "test"):
+        (root / "csv" / f"{split}.parquet").unlink()
+        text = "title,body,kind\n" + "né,,0\nno,,1\nyes,,2\n" * 20
+        (root / "csv" / f"{split}.csv").write_bytes(text.encode("latin-1"))
 
 
 def test_a_model_is_downloaded_with_weights_of_one_kind(answers):
@@ -172,6 +198,19 @@ def test_another_split_can_be_the_test_split(answers):
     for split in ("train", "test"):
         joined = [f"{row['text']} {row['text_pair']}".strip() for row in made[split]]
         assert joined == [row["text"] for row in streamed[split]]
+
+
+@pytest.mark.parametrize("how", ["", " whole"])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("swapped", r".*train.parquet numbers the classes of 'kind' as \['a', 'b', 'c'\], .*\['c'"),
+        ("latin", r"someone/latin: column 'title' is not UTF-8 in row 119 of train: save the"),
+        ("csv", r"someone/csv: a file on the Hub is not UTF-8 \(.*0xe9.*\): save it as UTF-8, or"),
+    ],
+)
+def test_a_dataset_with_a_fault_says_where(answers, kind, how, said):
+    assert re.match(said, answers[f"{kind}{how}"]["error"])
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])

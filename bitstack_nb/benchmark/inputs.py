@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from glob import escape
@@ -63,12 +63,15 @@ def load_inputs(protocol: Protocol, device: torch.device) -> Inputs:
     return Inputs(tasks, backbone, train, test)
 
 
-def changed_file(protocol: Protocol, origin: Mapping[str, Any]) -> Path | None:
+def changed_file(
+    protocol: Protocol, origin: Mapping[str, Any], *, digest: Callable[[Path], str] = sha256
+) -> Path | None:
     """A file of data or weights that is here with other bytes than a result was made with.
 
     Args:
         protocol: names the folders; files that are not there are passed over.
         origin: the result's provenance.
+        digest: gives the SHA-256 of a file.
     """
     folders = [(Path(protocol.model), origin.get("model", {}))]
     for task in protocol.tasks:
@@ -76,8 +79,8 @@ def changed_file(protocol: Protocol, origin: Mapping[str, Any]) -> Path | None:
             (Path(protocol.data, task.folder), origin.get("data", {}).get(task.name, {}))
         )
     for folder, record in folders:
-        for name, digest in record.get("sha256", {}).items():
+        for name, recorded in record.get("sha256", {}).items():
             for file in folder.expanduser().rglob(escape(name)):
-                if sha256(file) != digest:
+                if digest(file) != recorded:
                     return file
     return None

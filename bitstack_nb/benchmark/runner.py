@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from bitstack_nb.benchmark import stages
@@ -17,6 +18,7 @@ from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.sequence import TaskSequence
 from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.benchmark.training import find_device
+from bitstack_nb.files import sha256
 from bitstack_nb.results.result import Result
 from bitstack_nb.rng import undisturbed_rng
 
@@ -55,13 +57,7 @@ def run(
     found = find_device(device)
     if path.exists():
         logger.info("%s is finished already: %s", protocol.name, path)
-        result = Result.load(path)
-        if file := changed_file(protocol, result.provenance):
-            raise ValueError(
-                f"{path} was made with another {file} than is there now: choose another output "
-                "folder, or delete the result"
-            )
-        return result
+        return read_finished(protocol, path)
     with undisturbed_rng(found):  # the Trainer seeds the global generators
         sequence = TaskSequence(protocol, found, state, command)
         stages.check_writable(state)  # not after a first stage was trained for nothing
@@ -72,6 +68,19 @@ def run(
                 result = sequence.run(progress=progress)
                 result.save(path)
             shutil.rmtree(state, ignore_errors=True)
+    return result
+
+
+def read_finished(
+    protocol: Protocol, path: Path, *, digest: Callable[[Path], str] = sha256
+) -> Result:
+    """The result of a finished run. Raises ValueError if it was made with other files than here."""
+    result = Result.load(path)
+    if file := changed_file(protocol, result.provenance, digest=digest):
+        raise ValueError(
+            f"{path} was made with another {file} than is there now: choose another output "
+            "folder, or delete the result"
+        )
     return result
 
 

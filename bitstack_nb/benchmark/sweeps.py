@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +17,9 @@ from joblib import Parallel, cpu_count, delayed
 from tqdm.auto import tqdm
 
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.benchmark.runner import run
+from bitstack_nb.benchmark.runner import read_finished, run
 from bitstack_nb.benchmark.training import find_device
+from bitstack_nb.files import sha256
 from bitstack_nb.results.provenance import command_line
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,8 @@ def sweep(
         progress: show one bar over the runs; with ``ray`` it moves at the end only.
 
     Returns:
-        The names of the protocols that have no result now, each with the reason in a line.
+        The names of the protocols that have no result now, or one that was made with other files
+        than are there now, each with the reason in a line.
 
     Raises:
         ValueError: the backend is not installed, or does not fit the other arguments.
@@ -63,7 +66,7 @@ def sweep(
     left = {p.name: p for p in protocols if not files[p.name].exists()}
     several = jobs or (cpu_count() if find_device(device).type == "cpu" else 1)
     how = {"output": folder, "device": device, "command": command_line()}
-    failed = {}
+    failed = _outdated({files[p.name]: p for p in protocols if p.name not in left})
     with tqdm(total=len(files), unit="run", disable=not progress) as bar:
         bar.update(len(files) - len(left))
         for name, reason in _BACKENDS[backend](left, how, several):
@@ -73,6 +76,17 @@ def sweep(
             if reason:
                 failed[name] = reason
     return failed
+
+
+def _outdated(finished: Mapping[Path, Protocol]) -> dict[str, str]:
+    """Names of finished runs whose files of data or weights have changed, each with the reason."""
+    found, digest = {}, cache(sha256)  # each file is read once
+    for path, protocol in finished.items():
+        try:
+            read_finished(protocol, path, digest=digest)
+        except ValueError as error:
+            found[protocol.name] = " ".join(str(error).split())
+    return found
 
 
 def _run(protocol: Protocol, how: dict[str, Any]) -> tuple[str, str | None]:

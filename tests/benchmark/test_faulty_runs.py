@@ -13,7 +13,7 @@ import pytest
 from toy_data import TASK, write_toy
 
 from bitstack_nb import Protocol, run
-from bitstack_nb.benchmark import all_strategies, sequence
+from bitstack_nb.benchmark import all_strategies, sequence, sweep
 from bitstack_nb.results.provenance import CODE, code_digest
 
 SMALL = Protocol(
@@ -81,7 +81,10 @@ def test_a_result_of_other_data_or_weights_is_not_taken(tmp_path, folders):
         file.write_bytes(before + b"other")
         with pytest.raises(ValueError, match=f"made with another {file}.*output folder"):
             run(protocol, output=output)
+        failed = sweep([protocol], output=output)
+        assert f"made with another {file}" in failed[protocol.name]
         file.write_bytes(before)
+        assert sweep([protocol], output=output) == {}
         assert run(protocol, output=output) == result
         file.unlink()
         assert run(protocol, output=output) == result

@@ -41,10 +41,11 @@ _HEADS = {
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile`` and (distributed) data-parallel wrappers.
+    """The module inside ``torch.compile``, (distributed) data-parallel and PEFT wrappers.
 
     Raises:
-        ValueError: see :func:`refuse_shards`.
+        ValueError: see :func:`refuse_shards`; or a parameter has no values, or PEFT's wrapper
+            computes more than the module inside it.
         TypeError: ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
@@ -55,9 +56,44 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         elif "_orig_mod" in model._modules:
             model = model._orig_mod
+        elif _is_peft(model):
+            model = _inside_peft(model)
         else:
             refuse_shards(model)
+            _refuse_offloaded(model)
             return model
+
+
+def _is_peft(model: nn.Module) -> bool:
+    peft = sys.modules.get("peft")  # as for the engines below
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def _inside_peft(model: nn.Module) -> nn.Module:
+    """The module with PEFT's adapters in it, whose forward is that of the wrapper."""
+    plain_forward = sys.modules["peft.tuners.tuners_utils"].BaseTuner.forward
+    config = model.active_peft_config
+    if config.is_prompt_learning or type(model.base_model).forward is not plain_forward:
+        raise ValueError(
+            f"PEFT computes more for {config.peft_type.value} than the layers of the model, and a "
+            "stack sees layers only: take LoRA or another adapter of layers"
+        )
+    return model.get_base_model()
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether layers of the model are wrapped in PEFT's adapters."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return tuners is not None and any(isinstance(m, tuners.BaseTunerLayer) for m in model.modules())
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ValueError(
+            f"{empty[0]} is on the device meta, which holds no values: the model is offloaded "
+            "(device_map) or not loaded. Load it whole, without device_map"
+        )
 
 
 def refuse_shards(model: nn.Module) -> None:
@@ -222,15 +258,28 @@ def _final_norms(model: nn.Module) -> set[str]:
     }
 
 
-def place(name: str) -> tuple[int | None, str]:
-    """The layer index (None outside the blocks) and the module's path in it, from a name.
+def places(names: Iterable[str]) -> dict[str, tuple[int | None, str]]:
+    """By name the layer index (None outside the blocks), and the module's path in the layer.
 
-    ``transformer.h.3.attn.c_attn.weight`` gives ``(3, "attn.c_attn")``.
+    ``transformer.h.3.attn.c_attn.weight`` is at ``(3, "attn.c_attn")``. In a model with several
+    stacks of blocks the path begins with that of the stack. So an encoder and a decoder give
+    ``(3, "encoder.block.attn")`` and ``(3, "decoder.block.attn")``.
     """
+    split = {name: _split(name) for name in names}
+    several = len({stack for stack, layer, _ in split.values() if layer is not None}) > 1
+    return {
+        name: (layer, ".".join([*stack, *inside] if several else inside))
+        for name, (stack, layer, inside) in split.items()
+    }
+
+
+def _split(name: str) -> tuple[tuple[str, ...], int | None, list[str]]:
+    """The path of the stack of blocks, the layer index in it, and the module's path in that."""
     parts = name.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     inside = parts if at is None else parts[at + 1 :]
-    return (None if at is None else int(parts[at])), ".".join(inside[:-1] or inside)
+    stack, layer = ((), None) if at is None else (tuple(parts[:at]), int(parts[at]))
+    return stack, layer, inside[:-1] or inside
 
 
 def parameter_count(model: nn.Module) -> int:

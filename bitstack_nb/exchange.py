@@ -16,7 +16,7 @@ from torch import nn
 from bitstack_nb import head as heads
 from bitstack_nb.base import Base
 from bitstack_nb.bits import differing, take
-from bitstack_nb.guard import guarded
+from bitstack_nb.guard import active_guards
 from bitstack_nb.head import Head
 from bitstack_nb.own import Layout, Own
 
@@ -108,10 +108,10 @@ class Exchange:
 
 def check_alone(model: nn.Module, own: Exchange | None = None) -> None:
     """Raise a RuntimeError if a model is a task of another exchange, or has locked weights."""
-    if guarded(model):
+    if active_guards(model):
         raise RuntimeError(
             "a BitStack has hooks on this model, so own weights that it locks would not train: "
-            "call its detach() first"
+            "call its detach() first, or BitStack(model).detach(others=True) if it has no name"
         )
     for other in _of_model.get(model, ()):
         if other is not own and other.shown is not None:

@@ -1,13 +1,34 @@
-"""Files that are written whole or not at all, by a temporary name and a rename; digests."""
+"""Files that are written whole or not at all, by a temporary name and a rename; digests.
+
+Also the base of the classes that such files keep.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn, Self
+
+
+class KeptInFiles:
+    """Base of objects that ``save`` and ``load`` keep: deep copies work, pickling is refused."""
+
+    def __reduce__(self) -> NoReturn:
+        kind = type(self).__name__
+        raise TypeError(
+            f"{kind} cannot be pickled, because it belongs to a live model: use save(path) and "
+            f"{kind}.load(path, model)"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
 
 @contextmanager

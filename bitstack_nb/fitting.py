@@ -13,7 +13,7 @@ from torch import nn
 
 from bitstack_nb import ranks
 from bitstack_nb.eligible import trainable_heads
-from bitstack_nb.importance import batch_loss, check_seen, undisturbed
+from bitstack_nb.importance import batch_loss, check_seen, undisturbed, with_tensors
 from bitstack_nb.rng import undisturbed_rng
 
 HEAD_STEPS = 32
@@ -77,9 +77,12 @@ def _check_finite(heads: Iterable[nn.Parameter]) -> None:
 def first_batches(
     loader: Iterable[Mapping[str, Any]], count: int, device: torch.device
 ) -> list[Mapping[str, Any]]:
-    """A loader's first batches, at least one; the global random generators are left as found."""
+    """Copies of a loader's first batches, at least one; the global RNGs are left as found.
+
+    They are copies because a loader may fill the same tensors again for its next batch.
+    """
     with undisturbed_rng(device):
-        batches = list(islice(loader, count))
+        batches = [with_tensors(batch, torch.clone) for batch in islice(loader, count)]
     check_seen(len(batches))
     return batches
 

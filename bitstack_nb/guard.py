@@ -28,9 +28,9 @@ class LockedWeightsMoved(RuntimeError):
     """Locked weights differ from the values they were locked with."""
 
 
-def guarded(model: nn.Module) -> bool:
-    """Whether a model has gradient hooks of any guard."""
-    return any(guard.handles for guard in _guards.get(model, ()))
+def active_guards(model: nn.Module) -> list[Guard]:
+    """The guards that have gradient hooks on a model."""
+    return [guard for guard in _guards.get(model, ()) if guard.handles]
 
 
 class OptimizerHooks(NamedTuple):
@@ -63,6 +63,11 @@ class Guard:
         self.handles: dict[str, RemovableHandle] = {}
         self.hook_calls: dict[str, int] = {}
         _guards.setdefault(model, WeakSet()).add(self)
+
+    @property
+    def locked(self) -> int:
+        """Number of weights that the guard keeps locked."""
+        return self._locks.count
 
     # Before the step: no gradient ---------------------------------------------------------------
 

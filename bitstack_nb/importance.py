@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
-from numbers import Integral
+from numbers import Integral, Number
 from typing import Any
 
 import torch
@@ -282,20 +282,11 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def batch_loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> torch.Tensor:
     """The loss on a batch; drops keys that forward does not take; raises as :func:`measure`."""
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"a batch is a {type(batch).__name__}, expected a mapping such as "
-            "{'input_ids': ..., 'labels': ...}: give the loader a collate function that makes one"
-        )
-    if "labels" not in batch:
-        raise ValueError(f"a batch has no 'labels', only {sorted(batch)}: rename the label column")
+    _check_batch(batch)
     known = inspect.signature(model.forward).parameters
-    takes_all = "labels" not in known  # then it takes them through **kwargs
-    inputs = {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-        if takes_all or key in known
-    }
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    given = {key: value for key, value in batch.items() if takes_all or key in known}
+    inputs = with_tensors(given, lambda tensor: tensor.to(device))
     loss = getattr(model(**inputs), "loss", None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise TypeError(
@@ -305,6 +296,33 @@ def batch_loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device)
     if not loss.requires_grad:
         raise ValueError("the loss needs no gradient: every parameter is frozen or it is detached")
     return loss
+
+
+def _check_batch(batch: Mapping[str, Any]) -> None:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a batch is a {type(batch).__name__}, expected a mapping such as "
+            "{'input_ids': ..., 'labels': ...}: give the loader a collate function that makes one"
+        )
+    labels = batch.get("labels", batch.get("label"))
+    if isinstance(labels, Number | str) or (isinstance(labels, torch.Tensor) and not labels.dim()):
+        raise TypeError(
+            "the loader gives single rows, expected batches: give trainer.get_train_dataloader(), "
+            "or a DataLoader of the dataset with the collate function of training"
+        )
+    if "labels" not in batch:
+        raise ValueError(f"a batch has no 'labels', only {sorted(batch)}: rename the label column")
+
+
+def with_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The value with a function applied to its tensors, also within mappings, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: with_tensors(inner, function) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(with_tensors(inner, function) for inner in value)
+    return value
 
 
 def _accumulate(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bitstack_nb import bits, maskfile
-from bitstack_nb.eligible import place
+from bitstack_nb.eligible import places
 from bitstack_nb.gpu import kernels_on
 
 if TYPE_CHECKING:
@@ -249,8 +249,9 @@ def layer_table(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("layer_table needs pandas: pip install pandas") from error
 
+    place = places(parameters)
     rows = [
-        (*place(name), number, p.numel(), *task[name])
+        (*place[name], number, p.numel(), *task[name])
         for number, task in enumerate(tasks, start=1)
         for name, p in parameters.items()
     ]

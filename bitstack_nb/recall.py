@@ -25,6 +25,7 @@ from bitstack_nb import eligible, ranks, taskfile
 from bitstack_nb import head as heads
 from bitstack_nb.base import Base
 from bitstack_nb.exchange import Block, Exchange, check_alone
+from bitstack_nb.files import KeptInFiles
 from bitstack_nb.fitting import (
     HEAD_LEARNING_RATE,
     HEAD_STEPS,
@@ -76,7 +77,7 @@ class Task:
     digest: str = ""
 
 
-class ExactRecall:
+class ExactRecall(KeptInFiles):
     """Many tasks on one model, each with a head and a small share of the weights of its own.
 
     The model as given is the base. While a task is open, its own weights and its head are all that
@@ -86,7 +87,7 @@ class ExactRecall:
     model is wrapped in ``DistributedDataParallel`` after ``begin``.
 
     Args:
-        model: any module whose forward gives ``.loss``, in any wrapper.
+        model: any module whose forward gives ``.loss``, in any wrapper (of PEFT too).
         sparsity: share of the eligible weights that are one task's own, above 0, up to 1.
         exclude: strings; parameters with one of them in their name are never a task's own. ``None``
             leaves out embeddings and the final norm, found from the model. Heads always are.
@@ -95,7 +96,8 @@ class ExactRecall:
 
     Raises:
         ValueError: a setting is out of range, the share rounds to no weight, or the model has no
-            eligible weights, no head, or shards for parameters (FSDP, DeepSpeed ZeRO).
+            eligible weights, no head, or parameters that are shards (FSDP, DeepSpeed ZeRO) or
+            offloaded.
         TypeError: the model is no module.
         RuntimeError: another ExactRecall shows a task on this model.
     """
@@ -138,9 +140,7 @@ class ExactRecall:
     def __deepcopy__(self, memo: dict[int, Any]) -> ExactRecall:
         if self._open:
             raise RuntimeError(f"{self._still_open()} Then copy")
-        copied = memo[id(self)] = object.__new__(type(self))
-        vars(copied).update(copy.deepcopy(vars(self), memo))
-        return copied
+        return super().__deepcopy__(memo)
 
     # One task after the other -------------------------------------------------------------------
 
@@ -164,8 +164,8 @@ class ExactRecall:
             name: of the task, a new one.
             labels: names of its labels: the task gets a new head for them. None takes the head that
                 is in the model now, as it is.
-            loader: batches, each a mapping with ``labels``. With it the head is fitted on the base
-                first; without it own weights can only be random.
+            loader: batches as in training, each a mapping with ``labels``. With it the head is
+                fitted on the base first; without it own weights can only be random.
             n_batches: how many importance is measured on, if it is measured; fewer are fine.
             head_steps: Adam steps on the head, a batch each, from the first on again when they are
                 used up; 0 leaves the head as it is.
@@ -370,7 +370,16 @@ class ExactRecall:
         return Block(self._exchange, lambda: self._show(name), self._parts)
 
     def export(self, name: str | None) -> nn.Module:
-        """A plain copy of a task's model, with its head and label names; None is the base."""
+        """A plain copy of a task's model, with its head and label names; None is the base.
+
+        Raises:
+            ValueError: there is no such task, or the model holds adapters of PEFT.
+        """
+        if eligible.has_adapters(self._model):
+            raise ValueError(
+                "the model holds adapters of PEFT, so there is no plain copy of it: within "
+                "using(name) call save_pretrained of the PEFT model"
+            )
         vector = self._open[1] if self._open else None
         with self.using(name), vector.out_of_the_model() if vector else nullcontext():
             exported = copy.deepcopy(self._model)
@@ -440,7 +449,7 @@ class ExactRecall:
     def layer_table(self) -> pandas.DataFrame:
         """One row per layer, module and task.
 
-        Columns: layer (<NA> outside the blocks), module, task (from 1, in the order of ``names``),
+        Columns: layer and module (as in ``BitStack``), task (from 1, in the order of ``names``),
         eligible, selected (the task's own weights), added (of those, no earlier task's), locked
         (any task's so far), lock_fraction (locked over eligible, 0 to 1).
         """
@@ -489,10 +498,12 @@ class ExactRecall:
 
         Raises:
             RuntimeError: a task is open.
+            LockedWeightsMoved: the head of a task was changed, for example by a cast.
         """
         with self._exchange.lock:
             if self._open:
                 raise RuntimeError(self._still_open())
+            self._check_heads()
             taskfile.write(
                 path,
                 self._tasks.values(),
@@ -501,6 +512,14 @@ class ExactRecall:
                 base=self._base.digests,
                 begun=self._begun,
             )
+
+    def _check_heads(self) -> None:
+        for task in self._tasks.values():
+            if moved := task.head.differing(task.digests):
+                raise LockedWeightsMoved(
+                    f"{moved[0]} of task {task.name!r} is not what it was when the task was closed "
+                    f"(a cast?): load the tasks from their file, or remove({task.name!r}) first"
+                )
 
     def own_bytes(self) -> int:
         """Bytes that the own weights of all closed tasks take in a file."""

@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from bitstack_nb import eligible, maskfile, ranks
-from bitstack_nb.guard import Guard, OptimizerHooks
+from bitstack_nb.files import KeptInFiles
+from bitstack_nb.guard import Guard, OptimizerHooks, active_guards
 from bitstack_nb.importance import choose, measure
 from bitstack_nb.locks import Locks, Masks
 from bitstack_nb.settings import check_settings
@@ -31,14 +32,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class BitStack:
+class BitStack(KeptInFiles):
     """Locks the weights of a model that matter for its tasks, in one mask for all tasks.
 
     Under ``torchrun`` every rank makes a stack, and all ranks call ``update``, ``measure`` and
     ``lock`` together. Importance is summed over the ranks, so they lock the same weights.
 
     Args:
-        model: the model to protect, also in a wrapper; masks follow it to another device.
+        model: the model to protect, also in a wrapper (of PEFT too); masks follow it to another
+            device.
         sparsity: share of the eligible weights that one task may lock, 0 to 1.
         exclude: strings; parameters with one of them in their name are never locked. ``None``
             excludes heads, embeddings and the final norm (``eligible`` has the rules).
@@ -50,7 +52,7 @@ class BitStack:
 
     Raises:
         ValueError: a setting is out of range, the model has no eligible weights, or its parameters
-            are shards (FSDP, DeepSpeed ZeRO).
+            are shards (FSDP, DeepSpeed ZeRO) or offloaded.
         TypeError: the model is no module.
     """
 
@@ -77,6 +79,13 @@ class BitStack:
                 f"{type(self._model).__name__} has no eligible weights: every parameter is "
                 f"excluded, frozen or empty (exclude is {self.settings['exclude']!r})"
             )
+        if others := active_guards(self._model):
+            logger.warning(
+                "this model has another BitStack, which keeps %s weights locked: it goes on doing "
+                "so beside the new one. If it is of no use any more, as after a notebook cell was "
+                "run again, detach(others=True) takes it off the model",
+                " and ".join(f"{guard.locked:,}" for guard in others),
+            )
         self._guard = Guard(self._model, self._locks)
 
     # The method ---------------------------------------------------------------------------------
@@ -91,8 +100,9 @@ class BitStack:
         """Measure importance on a task's batches, and lock the weights that matter most.
 
         Args:
-            loader: batches, each a mapping with ``labels``; keys that the model's forward does
-                not take are dropped.
+            loader: batches as in training, each a mapping with ``labels``, for example
+                ``trainer.get_train_dataloader()``. Keys that the model's forward does not take,
+                by name or through ``**kwargs``, are dropped.
             n_batches: how many batches to use at most.
             observe: a function that gets the importance (float32 by parameter name) before
                 anything is locked (:class:`bitstack_nb.benchmark.curves.CurveRecorder`).
@@ -166,9 +176,16 @@ class BitStack:
         """
         return self._guard.attach(optimizer)
 
-    def detach(self) -> None:
-        """Remove every gradient and optimizer hook. Masks stay, and :meth:`attach` resumes."""
+    def detach(self, *, others: bool = False) -> None:
+        """Remove every gradient and optimizer hook. Masks stay, and :meth:`attach` resumes.
+
+        Args:
+            others: also the hooks of all other stacks on the model. This reaches a stack whose
+                variable was overwritten.
+        """
         self._guard.detach()
+        for guard in active_guards(self._model) if others else ():
+            guard.detach()
 
     def callback(self) -> TrainerCallback:
         """A callback for ``Trainer``: attaches its optimizer, and verifies after training."""
@@ -224,7 +241,8 @@ class BitStack:
     def layer_table(self) -> pandas.DataFrame:
         """Numbers of weights, one row per layer, module and task.
 
-        Columns: layer (<NA> outside the blocks), module, task (from 1), eligible, selected (chosen
+        Columns: layer (<NA> outside the blocks), module (its path in the layer, behind the path of
+        the stack of blocks where the model has several), task (from 1), eligible, selected (chosen
         by the task), added (chosen and not locked before), locked (after the task), lock_fraction
         (locked over eligible, 0 to 1).
         """

@@ -239,12 +239,34 @@ class Reruns(LockedCase):
         for stack in (first, second):
             self.assert_held(stack, model, before, moving=0.3)
 
+    def test_a_cell_that_makes_a_stack_is_run_again(self):
+        """The first stack is out of reach: the second says so, and takes it off the model."""
+        model, optimizer, stack = self.locked_model()
+        locked = f"{stack.stats()['locked']:,}"
+        mask = stack.masks["blocks.0.up.weight"]
+        del stack
+        with self.assertLogs("bitstack_nb", "WARNING") as said:
+            stack = BitStack(model, 0.1)
+        self.assertRegex(said.output[0], rf"another BitStack.* {locked} .*detach\(others=True\)")
+        stack.update(tiny.batches(2, seed=1))
+        stack.detach(others=True)
+        with self.assertNoLogs("bitstack_nb", "WARNING"):
+            BitStack(model)
+        stack.attach(optimizer)
+        before = tiny.snapshot(model)
+        tiny.train(model, optimizer, tiny.batches(3, seed=2))
+        self.assert_held(stack, model, before)
+        freed = mask & ~stack.masks["blocks.0.up.weight"]
+        moved = tiny.changed(model, before)["blocks.0.up.weight"]
+        self.assertGreater(freed.sum(), 0)
+        self.assertTrue(moved[freed].all())
+
     def test_exact_recall_on_a_model_with_locks(self):
         """Own weights that are locked would not train."""
-        model, _, stack = self.locked_model()
+        model = self.locked_model()[0]
         with self.assertRaisesRegex(RuntimeError, r"a BitStack has hooks.*detach\(\)"):
             ExactRecall(model)
-        stack.detach()
+        BitStack(model).detach(others=True)
         ExactRecall(model).begin("task")
 
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bitstack_nb import ExactRecall, maskfile, taskfile
+from bitstack_nb.guard import LockedWeightsMoved
 from bitstack_nb.maskfile import MaskFileError
 
 SERVE = """
@@ -50,6 +51,32 @@ class Case(FileCase, RecallCase):
             self.assertEqual((one.own.counts, one.digests), (other.own.counts, other.digests))
             self.assertTrue(one.own.positions.equal(other.own.positions))
             self.assertTrue(all(map(torch.equal, one.own.values, other.own.values)))
+
+
+class Casts(Case):
+    def test_a_cast_of_a_loaded_model_is_named(self):
+        """Also where the task is asked for that is shown already, and before it is saved."""
+        self.trained(tasks=2)[1].save(self.path)
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            model = tiny.plain()
+            tasks = ExactRecall.load(self.path, model)
+            tasks.switch("0")
+            model.to(dtype)
+            for call in (
+                lambda t=tasks: t.switch("0"),
+                lambda t=tasks: t.using("0").__enter__(),
+                lambda t=tasks: t.export("0"),
+                lambda t=tasks: t.switch("1"),
+                tasks.verify,
+            ):
+                with self.assertRaisesRegex(
+                    RuntimeError, f"is {dtype} but was torch.float32.*cast"
+                ):
+                    call()
+            before = self.path.read_bytes()
+            with self.assertRaisesRegex(LockedWeightsMoved, r"classifier.*'0'.*cast.*remove"):
+                tasks.save(self.path)
+            self.assertEqual(self.path.read_bytes(), before)
 
 
 class RoundTrip(Case):

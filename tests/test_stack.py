@@ -12,6 +12,9 @@ from cases import ADAMW
 from torch import nn
 
 from bitstack_nb import BitStack
+from bitstack_nb.benchmark.curves import CurveRecorder
+from bitstack_nb.figures.locks import shares
+from bitstack_nb.importance import choose, random_scores
 from bitstack_nb.reference import PlainBitStack
 
 COLUMNS = ["layer", "module", "task", "eligible", "selected", "added", "locked", "lock_fraction"]
@@ -135,6 +138,22 @@ class Numbers(Case):
         self.assertEqual(table["layer"].nunique(), 2)
         for _, rows in table.groupby(["layer", "module"]):
             self.assertEqual(list(rows["added"].cumsum()), list(rows["locked"]))
+
+    def test_a_row_for_each_module_of_several_stacks(self):
+        """An encoder and a decoder have layers of the same number and modules of the same name."""
+        stack = BitStack(tiny.t5(), 0.2)
+        recorder = CurveRecorder(stack.masks)
+        scores = random_scores(stack.masks, seed=0)
+        recorder.add(scores)
+        stack.lock(choose(scores, round(0.2 * stack.stats()["eligible"])))
+        table = stack.layer_table()
+        modules = {name.rpartition(".")[0] for name in stack.masks}
+        self.assertEqual(len(table), len(modules))
+        self.assertTrue(table["module"].str.contains("encoder|decoder").all())
+        self.assertEqual(shares(table, "locked").notna().sum().sum(), len(modules))
+        curves = recorder.curves().layer_table(0.2, "union")
+        for column in ("layer", "module", "eligible", "locked"):
+            self.assertEqual(list(curves[column]), list(table[column]))
 
     def test_budgets_on_the_same_data(self):
         for budget, growth in (("union", 1), ("fresh", 2)):

@@ -144,6 +144,12 @@ def llama(seed: int = 0) -> nn.Module:
     return _classifier("LlamaConfig", "LlamaForSequenceClassification", seed, **_ENCODER)
 
 
+def t5(seed: int = 0) -> nn.Module:
+    """An encoder and a decoder; its batches would need a token for the end of a text."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    return _classifier("T5Config", "T5ForSequenceClassification", seed, **sizes)
+
+
 # Builder, and the start of every name that `exclude=None` leaves eligible, written out by hand.
 ARCHITECTURES: dict[str, tuple[Callable[[int], nn.Module], tuple[str, ...]]] = {
     "plain": (plain, ("blocks.",)),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bitstack_nb.eligible import place
+from bitstack_nb.eligible import places
 
 if TYPE_CHECKING:
     import pandas
@@ -146,6 +146,7 @@ class CurveRecorder:
 
     def __init__(self, masks: Mapping[str, torch.Tensor]) -> None:
         self._sizes = {name: mask.numel() for name, mask in masks.items()}
+        self._place = places(masks)
         locked = torch.cat([mask.flatten().cpu() for mask in masks.values()])
         self._before = torch.where(locked, 0, _NEVER).to(torch.uint8)
         self._chosen: list[torch.Tensor] = []
@@ -165,7 +166,7 @@ class CurveRecorder:
         """The curves of the tasks so far."""
         sizes: dict[tuple[int | None, str], int] = {}
         for name, size in self._sizes.items():
-            sizes[place(name)] = sizes.get(place(name), 0) + size
+            sizes[self._place[name]] = sizes.get(self._place[name], 0) + size
         united, union = self._before, []
         for chosen in self._chosen:
             united = torch.minimum(united, chosen)
@@ -197,7 +198,7 @@ class CurveRecorder:
         for task, levels in enumerate(tasks):
             parts = levels.split(list(self._sizes.values()))
             for name, part in zip(self._sizes, parts, strict=True):
-                counts[task, cells.index(place(name))] += _cumulative(part)
+                counts[task, cells.index(self._place[name])] += _cumulative(part)
         return counts / np.array(list(sizes.values()))[:, None]
 
     def _shared(self) -> np.ndarray:

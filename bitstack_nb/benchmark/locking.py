@@ -96,9 +96,9 @@ class Control(Locking):
         self._count.save(folder / "count.safetensors", values=False)  # it guards none
 
     def load(self, folder: Path) -> None:
-        super().load(folder)
         self._count = BitStack.load(folder / "count.safetensors", self.model)
         self._count.detach()
+        super().load(folder)
 
 
 def records(table: Any) -> list[dict[str, Any]]:

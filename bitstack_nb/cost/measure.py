@@ -167,7 +167,9 @@ def update(model: nn.Module, *, n_batches: int = 4, rounds: int = 7, plainly: bo
         model.zero_grad()
 
     def ours() -> None:
-        BitStack(model, SPARSITY).update(batches, n_batches=n_batches)
+        stack = BitStack(model, SPARSITY)
+        stack.update(batches, n_batches=n_batches)
+        stack.detach()  # or its hooks would slow the other works down
 
     def plain() -> None:
         PlainBitStack(model, eligible_parameters(model, None), sparsity=SPARSITY).update(batches)

@@ -32,8 +32,8 @@ COLUMNS = {
 SYNTHETIC = "embedded (synthetic)"
 # What the record of a dataset or a backbone calls its version.
 _VERSIONS = ("sha256", "revision", "generator", "vocabulary")
-# Strategies to which importance says how many weights to lock, and not which.
-_CONTROLS = ("random-mask", "magnitude-mask")
+# Strategies to which importance does not say which weights to lock or own.
+_WITHOUT = ("random-mask", "magnitude-mask", "shira")
 
 
 def frame(results: Iterable[Result]) -> pd.DataFrame:
@@ -101,7 +101,7 @@ def settings_of(runs: pd.DataFrame) -> list[str]:
 def configuration(result: Result) -> dict[str, Any]:
     """The protocol less what belongs to the seed, its inputs, and whether it was published."""
     settings = {k: v for k, v in result.protocol.items() if k != "seed" and v is not None}
-    if "sparsity" in settings and settings["strategy"] not in _CONTROLS:
+    if "sparsity" in settings and settings["strategy"] not in _WITHOUT:
         settings.setdefault("importance", "gradient")  # what a protocol without one means
     if "tasks" in settings:
         settings["tasks"] = sorted(settings["tasks"], key=lambda task: task["name"])

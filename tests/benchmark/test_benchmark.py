@@ -17,7 +17,7 @@ from filelock import FileLock
 from toy_data import TASK, write_toy
 
 from bitstack_nb import Protocol, Task, load_results, run, stack
-from bitstack_nb.benchmark import sequence, training
+from bitstack_nb.benchmark import all_strategies, sequence, training
 from bitstack_nb.benchmark.inputs import load_inputs
 from bitstack_nb.benchmark.training import MultiHead, predict
 from bitstack_nb.data.backbones import collate, encode, load_backbone
@@ -45,6 +45,8 @@ STRATEGIES = {
     "replay": SMALL.with_strategy("replay", replay_size=10),
     "lora": MEAN.with_strategy("lora", rank=2),
     "single": replace(SMALL, pooling="cls").with_strategy("single"),
+    "shira": MEAN.with_strategy("shira", sparsity=0.05),
+    "bitfit": SMALL.with_strategy("bitfit"),
     "probe": SMALL.with_strategy("probe"),
 }
 
@@ -117,7 +119,7 @@ def test_tasks_of_exact_recall_have_own_weights_that_may_overlap(results):
 def test_where_the_first_task_was_forgotten(results):
     """The same number of examples is behind every accuracy; nothing drifts under its own model."""
     for name, result in results.items():
-        drifts = name not in ("joint", "recall", "frozen", "lora", "single", "probe")
+        drifts = all_strategies()[name].drifts
         assert bool(result.drift) == drifts, name
         assert {"norms", "attention", "MLP"} <= result.drift.keys() or not drifts
         assert all(0 <= group["accuracy"] <= 100 for group in result.drift.values())
@@ -144,7 +146,7 @@ def test_result_says_where_it_comes_from(results):
     assert len(result.times["train"]) == len(result.times["update"]) == 3
 
 
-@pytest.mark.parametrize("strategy", ["recall", "lora", "single", "probe"])
+@pytest.mark.parametrize("strategy", ["recall", "lora", "shira", "bitfit", "single", "probe"])
 def test_a_model_per_task_forgets_nothing(results, tmp_path, monkeypatch, strategy):
     """Every task is predicted, row by row, as just after it was trained.
 
@@ -283,7 +285,9 @@ def stop_in_stage(number, protocol, folder, monkeypatch):
     return folder / f"{protocol.name}.state"
 
 
-@pytest.mark.parametrize("strategy", ["bitstack", "random-mask", "recall", "ewc", "lora", "single"])
+@pytest.mark.parametrize(
+    "strategy", ["bitstack", "random-mask", "recall", "ewc", "lora", "shira", "single", "bitfit"]
+)
 def test_what_each_strategy_saves_is_enough_to_go_on(results, tmp_path, monkeypatch, strategy):
     """Dead in the third stage; tests/benchmark/test_killed.py kills anywhere."""
     protocol = STRATEGIES[strategy]

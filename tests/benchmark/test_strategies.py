@@ -98,6 +98,67 @@ def test_lora_moves_only_the_adapter_of_its_task():
         before = backbone(model)
 
 
+def test_shira_moves_only_the_values_of_its_task():
+    """And these lie at other random weights for another task or seed."""
+    model = tiny.gpt2()
+    strategy = make("shira", model, sparsity=0.05)
+    before = backbone(model)
+    for task in range(2):
+        train_stage(strategy, task)
+        changed = tiny.changed(model.base_model, before)
+        moved = {name for name, bits in changed.items() if bits.any()}
+        assert moved and all(name.endswith(f"values.{task}") for name in moved)
+        before = backbone(model)
+    one, other, *_ = strategy._layers[0]._where
+    assert len(one) == round(0.05 * 16 * 48) and 0 < len({*one.tolist()} & {*other.tolist()}) < 10
+    protocol = replace(strategy.protocol, seed=1)
+    again = all_strategies()["shira"](tiny.gpt2(), protocol)._layers[0]._where[0]
+    assert not torch.equal(one, again)
+
+
+def test_shira_is_that_of_peft():
+    from peft import ShiraConfig, inject_adapter_in_model
+
+    model, twin = tiny.bert(), tiny.bert()
+    strategy = make("shira", model, sparsity=0.1)
+    names = [name for name, m in twin.bert.named_modules() if isinstance(m, torch.nn.Linear)]
+    inject_adapter_in_model(ShiraConfig(r=1, target_modules=names), twin.bert, "task0")
+    for name, own in zip(names, strategy._layers, strict=True):
+        layer = twin.bert.get_submodule(name)
+        rows, columns = layer.shira_indices["task0"].long()
+        own._where[0] = rows * layer.in_features + columns
+        values = torch.randn(len(rows), generator=torch.Generator().manual_seed(len(rows)))
+        own.values[0] = torch.nn.Parameter(values)
+        layer.shira_weight["task0"] = torch.nn.Parameter(values.clone())
+    (batch,) = tiny.batches(1, seed=0)
+    one, other = model.eval()(**batch), twin.eval()(**batch)
+    torch.testing.assert_close(one.logits, other.logits)
+    one.loss.backward(), other.loss.backward()
+    theirs = twin.bert.get_submodule(names[0]).shira_weight["task0"].grad
+    torch.testing.assert_close(strategy._layers[0].values[0].grad, theirs)
+
+
+def test_bitfit_moves_only_biases_from_the_base():
+    model = tiny.bert()
+    strategy, base = make("bitfit", model), backbone(model)
+    train_stage(strategy, 0)
+    changed = tiny.changed(model.base_model, base)
+    moved = {name for name, bits in changed.items() if bits.any()}
+    assert moved and all(name.endswith("bias") for name in moved)
+    strategy.before_stage(1, [])
+    assert same(base, backbone(model))
+
+
+def test_random_own_weights_follow_the_seed():
+    def own(seed: int) -> list[torch.Tensor]:
+        protocol = replace(PROTOCOL.with_strategy("recall", importance="random"), seed=seed)
+        strategy = all_strategies()["recall"](tiny.bert(), protocol)
+        train_stage(strategy, 0)
+        return torch.cat([m.flatten() for m in strategy._tasks.mask("imdb").values()])
+
+    assert torch.equal(own(0), own(0)) and not torch.equal(own(0), own(1))
+
+
 def test_every_separate_model_starts_from_the_base():
     model = tiny.gpt2()
     strategy, base = make("single", model), backbone(model)
@@ -289,7 +350,16 @@ def test_storage_is_what_the_tensors_take():
     eligible = make("bitstack", model).stats()["eligible"]
     data = [rows(task, 30) for task in range(3)]
     found = {}
-    for name in ("finetune", "bitstack", "random-mask", "ewc", "single", "lora", "frozen"):
+    for name in (
+        "finetune",
+        "bitstack",
+        "random-mask",
+        "ewc",
+        "single",
+        "lora",
+        "frozen",
+        "bitfit",
+    ):
         strategy = make(name, tiny.bert())
         for task in range(3):
             train_stage(strategy, task)
@@ -300,6 +370,11 @@ def test_storage_is_what_the_tensors_take():
     assert 0 < found["ewc"] <= weights
     ranks = [module.weight.shape for module in linear_layers(model.base_model)]
     assert found["lora"] == 3 * 4 * 8 * sum(out + inside for out, inside in ranks)
+    biases = [p for name, p in model.base_model.named_parameters() if name.endswith("bias")]
+    assert found["bitfit"] == 3 * 4 * sum(p.numel() for p in biases)
+    matrices = [module.weight.numel() for module in linear_layers(model.base_model)]
+    shira = make("shira", tiny.bert(), sparsity=0.1)
+    assert shira.storage([]) == 3 * 12 * sum(round(0.1 * size) for size in matrices)
     replay = make("replay", model, replay_size=8)
     assert replay.storage(data) == 3 * 8 * (2 + 1) * 4
 

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 class Recall(Strategy):
-    """Our extension of BitStack: the model of a task is the base with the task's own weights."""
+    """Our extension of BitStack: the model of a task is the base with the task's own weights.
+
+    Random own weights follow the run's seed. In the runs recorded until 2026-11-28 they did not:
+    each of their seeds has the own weights of seed 0.
+    """
 
     name, label, order, colour = "recall", "exact recall", 90, "#56B4E9"
     settings = ("sparsity", "n_batches", "importance")
@@ -40,7 +44,8 @@ class Recall(Strategy):
 
     def before_stage(self, number: int, loader: Batches) -> None:
         name, n_batches = self._name(number), self.protocol.n_batches or 1
-        self._tasks.begin(name, loader=loader, n_batches=n_batches)
+        seed = self.protocol.stage_seed(number)
+        self._tasks.begin(name, loader=loader, n_batches=n_batches, seed=seed)
 
     def after_stage(self, number: int, loader: Batches) -> None:
         try:

@@ -26,7 +26,7 @@ class Single(Strategy):
         self._tasks: list[dict[str, torch.Tensor]] = []
 
     def before_stage(self, number: int, loader: Batches) -> None:
-        self.model.base_model.load_state_dict(self._base)
+        self._put(self._base)
 
     def after_stage(self, number: int, loader: Batches) -> None:
         self._tasks.append(self._weights())
@@ -34,11 +34,11 @@ class Single(Strategy):
     @contextmanager
     def model_of(self, task: int) -> Iterator[nn.Module]:
         present = self._weights()
-        self.model.base_model.load_state_dict(self._tasks[task])
+        self._put(self._tasks[task])
         try:
             yield self.model
         finally:
-            self.model.base_model.load_state_dict(present)
+            self._put(present)
 
     def storage(self, data: Data) -> int:
         return n_bytes(tensor for task in self._tasks for tensor in task.values())
@@ -52,5 +52,9 @@ class Single(Strategy):
         files = [folder / f"task-{task}.safetensors" for task in range(count)]
         self._tasks = [load_file(file, device=device) for file in files]
 
+    def _put(self, weights: dict[str, torch.Tensor]) -> None:
+        self.model.base_model.load_state_dict(weights, strict=False)
+
     def _weights(self) -> dict[str, torch.Tensor]:
+        """A copy of the present weights that a task keeps: all of the backbone's."""
         return {n: tensor.clone() for n, tensor in self.model.base_model.state_dict().items()}

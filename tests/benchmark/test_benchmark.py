@@ -272,22 +272,23 @@ class Killed(BaseException):
 
 
 def stop_in_stage(number, protocol, folder, monkeypatch):
-    real = sequence.train
+    real = sequence.TaskSequence.lock
 
-    def die(*args, seed, **kwargs):
-        if seed == number - 1:
+    def die(self, stage, *args):
+        if stage == number - 1:
             raise Killed
-        return real(*args, seed=seed, **kwargs)
+        return real(self, stage, *args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(sequence, "train", die)
+        patch.setattr(sequence.TaskSequence, "lock", die)
         run(protocol, output=folder)
     return folder / f"{protocol.name}.state"
 
 
-@pytest.mark.parametrize(
-    "strategy", ["bitstack", "random-mask", "recall", "ewc", "lora", "shira", "single", "bitfit"]
-)
+SAVING = ["bitstack", "random-mask", "recall", "ewc", "lora", "shira", "single", "bitfit", "probe"]
+
+
+@pytest.mark.parametrize("strategy", SAVING)
 def test_what_each_strategy_saves_is_enough_to_go_on(results, tmp_path, monkeypatch, strategy):
     """Dead in the third stage; tests/benchmark/test_killed.py kills anywhere."""
     protocol = STRATEGIES[strategy]

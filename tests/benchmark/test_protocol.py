@@ -63,18 +63,9 @@ def test_every_strategy_says_how_it_is_shown():
     assert len({s.colour for s in strategies.values()}) == len(strategies)
     known = {item.name for item in fields(Protocol)}
     assert all(known.issuperset(s.settings) for s in strategies.values())
-    shown = [
-        "probe",
-        "finetune",
-        "ewc",
-        "replay",
-        "random-mask",
-        "bitstack",
-        "lora",
-        "shira",
-        "recall",
-    ]
-    assert [name for name in strategies if name in (*shown, "single")] == [*shown, "single"]
+    shown = ["probe", "finetune", "ewc", "replay", "random-mask", "bitstack"]
+    shown += ["lora", "shira", "recall", "single"]
+    assert [name for name in strategies if name in shown] == shown
 
 
 def test_a_new_strategy_is_a_new_file(tmp_path, monkeypatch):

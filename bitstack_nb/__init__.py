@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = attach(
         "Protocol": "benchmark.protocol",
         "Result": "results.result",
         "Task": "data.tasks",
+        "TaskBank": "bank",
         "load_results": "results.result",
         "run": "benchmark.runner",
         "__version__": "version",

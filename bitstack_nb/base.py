@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -48,6 +50,11 @@ class Base:
             if value is not None and not (module is model and name in head)
         ]
         self.digests = {name: digest(tensor) for name, tensor in self._tensors().items()}
+
+    @property
+    def digest(self) -> str:
+        """One digest of all of it."""
+        return hashlib.sha256(json.dumps(self.digests, sort_keys=True).encode()).hexdigest()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         buffers = {name: table[own] for name, (table, own) in self._buffer_slots.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
@@ -31,12 +31,14 @@ from transformers.utils import logging as transformers_logging
 from bitstack_nb.files import sha256
 from bitstack_nb.hub import TIMEOUT, first_line, hub_errors
 
+CONFIG = "config.json"
 # The files that transformers reads, all at the top level of a repository.
 _SETTINGS = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
 _WEIGHTS = (  # the first kind that a repository has
     re.compile(r"model(-\d+-of-\d+)?\.safetensors"),
     re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin"),
 )
+_BANK = re.compile(r"bank\.safetensors|base/[^/]+")  # what a bank has beside its settings
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class BackboneError(ValueError):
 
 
 def load_pretrained(
-    name: str,
+    name: str, *, revision: str | None = None, tokenizer: Path | None = None
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, dict[str, Any]]:
     """Load a sequence classifier in float32 on the CPU, and its tokenizer.
 
@@ -54,6 +56,8 @@ def load_pretrained(
 
     Args:
         name: a local folder, or a name on the Hub.
+        revision: the commit or branch on the Hub; the newest commit if not given.
+        tokenizer: the folder of its tokenizer, if that is another.
 
     Returns:
         Model, tokenizer, and their provenance (as in :class:`bitstack_nb.data.backbones.Backbone`).
@@ -61,17 +65,20 @@ def load_pretrained(
     Raises:
         BackboneError: see :func:`bitstack_nb.data.backbones.load_backbone`.
     """
-    folder, source = _locate(name)
+    folder = locate(name, revision=revision)
+    source = {"source": "hub", "revision": folder.name}
+    if Path(name).expanduser().is_dir():
+        source = {"source": "folder", "sha256": _weight_digests(folder)}
     safe = {"trust_remote_code": False}  # else transformers asks whether to run the model's code
     try:
-        with _quiet():
+        with quiet():
             config = transformers.AutoConfig.from_pretrained(folder, **safe)
             if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
                 raise BackboneError(
                     f"{name}: transformers has no sequence classifier for {config.model_type!r};"
                     " take an encoder such as distilbert-base-uncased or a decoder such as gpt2"
                 )
-            tokenizer = _load_tokenizer(folder, name)
+            tokenizer = _load_tokenizer(tokenizer or folder, name)
             model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder, config=config, dtype=torch.float32, output_loading_info=True, **safe
             )
@@ -123,6 +130,32 @@ def positions(model: transformers.PreTrainedModel) -> int | None:
             return module.num_embeddings - module.padding_idx - 1
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if limit and limit > 0 else None  # XLNet's -1 means none
+
+
+def tokenized(
+    tokenizer: transformers.PreTrainedTokenizerBase, *texts: Sequence[str], max_length: int
+) -> dict[str, list[list[int]]]:
+    """The tokenizer's columns of texts, or of pairs, cut at ``max_length`` and not padded.
+
+    The longer text of a pair is cut first.
+
+    Raises:
+        BackboneError: ``max_length`` leaves no room for the special tokens.
+    """
+    cut = {"truncation": "longest_first", "max_length": max_length}
+    columns = dict(tokenizer(*map(list, texts), **cut))
+    full_stop = tokenizer(".", **cut)
+    for row, tokens in enumerate(columns["input_ids"]):
+        # A decoder gives NaN for a row of padding only: an empty text is read as a full stop.
+        if set(tokens) <= {tokenizer.pad_token_id}:
+            for name, column in columns.items():
+                column[row] = full_stop[name]
+    if max(map(len, columns["input_ids"])) > max_length:
+        raise BackboneError(
+            f"max_length {max_length} leaves no room for the special tokens of a text or pair: "
+            "use more"
+        )
+    return columns
 
 
 def collator(
@@ -210,44 +243,57 @@ def _check_tokens(
         )
 
 
-def _locate(name: str) -> tuple[Path, dict[str, Any]]:
-    """The local folder of a model, downloaded if it is a Hub name, and its provenance."""
+def locate(name: str, *, revision: str | None = None, marks: Sequence[str] = (CONFIG,)) -> Path:
+    """The local folder of a model or a bank, downloaded if it is a Hub name.
+
+    Args:
+        name: a local folder, or a name on the Hub.
+        revision: the commit or branch on the Hub; the newest commit if not given.
+        marks: the files of which it has at least one.
+
+    Raises:
+        BackboneError: there is no such folder or name, or it has none of the files.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / mark).is_file() for mark in marks):
             raise BackboneError(
-                f"{name}: the folder has no config.json; give one that model.save_pretrained wrote"
+                f"{name}: the folder has no {' and no '.join(marks)}; give one that "
+                "model.save_pretrained wrote"
             )
-        return folder, {"source": "folder", "sha256": _weight_digests(folder)}
+        return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BackboneError(f"{name}: no such folder; give a folder or a Hub name (owner/model)")
-    folder = _download(name)
-    return folder, {"source": "hub", "revision": folder.name}
+    return _download(name, revision, marks)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, revision: str | None, marks: Sequence[str]) -> Path:
     """The folder .../snapshots/<commit> of a Hub model in the local cache, completed if need be."""
     instead = "give a folder that model.save_pretrained wrote"
     with hub_errors("model", name, raises=BackboneError, instead=instead):
         try:
             # Asked first: without a network, a download retries for 20 s.
-            info = HfApi().model_info(name, timeout=TIMEOUT)
+            info = HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
         except Exception:
-            cached = try_to_load_from_cache(name, "config.json")
-            if not isinstance(cached, str):
+            tried = (try_to_load_from_cache(name, mark, revision=revision) for mark in marks)
+            cached = next((path for path in tried if isinstance(path, str)), None)
+            if cached is None:
                 raise
             return Path(cached).parent
+        files = [sibling.rfilename for sibling in info.siblings]
+        mark = next((mark for mark in marks if mark in files), marks[-1])
         # By branch, so that the cache can find it without a network; the others by that commit.
-        folder = Path(hf_hub_download(name, "config.json")).parent
-        for file in _needed([sibling.rfilename for sibling in info.siblings]):
+        folder = Path(hf_hub_download(name, mark, revision=revision)).parent
+        for file in _needed(files):
             hf_hub_download(name, file, revision=folder.name)
     return folder
 
 
 def _needed(files: list[str]) -> list[str]:
-    """The settings and the weights of one kind, safetensors if there are any."""
+    """The settings and the weights of one kind, safetensors if there are any; all of a bank."""
     weights = ([file for file in files if kind.fullmatch(file)] for kind in _WEIGHTS)
-    return [file for file in files if _SETTINGS.fullmatch(file)] + next(filter(None, weights), [])
+    own = [file for file in files if _SETTINGS.fullmatch(file) or _BANK.fullmatch(file)]
+    return own + next(filter(None, weights), [])
 
 
 def _weight_digests(folder: Path) -> dict[str, str]:
@@ -256,7 +302,7 @@ def _weight_digests(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' loading reports and progress bars."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

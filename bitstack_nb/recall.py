@@ -50,6 +50,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class Diverged(RuntimeError):
+    """A task has NaN or infinite weights after training."""
+
+
 @dataclass
 class Task:
     """One task, open or closed.
@@ -238,6 +242,24 @@ class ExactRecall(KeptInFiles):
         """Let the own weights take no gradient until :meth:`parameters` or a Trainer begins."""
         self._opened("pause()")[1].stop()
 
+    def snapshot(self) -> list[torch.Tensor]:
+        """Copies of what the open task trains: own weights, then the head."""
+        return [tensor.detach().clone() for tensor in self._trained("snapshot()")]
+
+    @torch.no_grad()
+    def put_back(self, snapshot: Sequence[torch.Tensor]) -> None:
+        """Make the open task what it was at a :meth:`snapshot` of it."""
+        with self._exchange.lock:
+            for tensor, value in zip(self._trained("put_back()"), snapshot, strict=True):
+                tensor.copy_(value)
+            task, vector = self._open
+            if self.shown == task.name:
+                self._layout.write(vector.own)
+
+    def _trained(self, method: str) -> list[nn.Parameter]:
+        task, vector = self._opened(method)
+        return [*vector.parameters, *(p for _, p in task.head.named_parameters())]
+
     def close(
         self,
         *,
@@ -253,7 +275,8 @@ class ExactRecall(KeptInFiles):
             notes: the same for what JSON can hold.
 
         Raises:
-            RuntimeError: no task is open, or training has diverged (NaN or infinite weights).
+            RuntimeError: no task is open.
+            Diverged: the task has NaN or infinite weights.
             LockedWeightsMoved: something else moved.
         """
         if values not in (None, "bfloat16"):
@@ -262,9 +285,8 @@ class ExactRecall(KeptInFiles):
             task, vector = self._opened("close()")
             self._exchange.check_no_block("close()")
             self._show(task.name)  # another may be shown
-            tensors = [*vector.parameters, *(p for _, p in task.head.named_parameters())]
-            if not all(t.isfinite().all() for t in tensors):
-                raise RuntimeError(
+            if not all(t.isfinite().all() for t in self._trained("close()")):
+                raise Diverged(
                     f"task {task.name!r} has NaN or infinite weights: training has diverged. "
                     "abandon() gives it up; begin it again with a smaller learning rate"
                 )
@@ -409,6 +431,11 @@ class ExactRecall(KeptInFiles):
         return list(self._tasks)
 
     @property
+    def is_open(self) -> bool:
+        """Whether a task has begun that is not closed."""
+        return self._open is not None
+
+    @property
     def shown(self) -> str | None:
         """The task that the model is now; None is the base."""
         return self._exchange.shown
@@ -417,6 +444,11 @@ class ExactRecall(KeptInFiles):
     def digests(self) -> dict[str, str]:
         """By closed task the digest of its own weights, its head, its labels and what it keeps."""
         return {name: task.digest for name, task in self._tasks.items()}
+
+    @property
+    def base_digest(self) -> str:
+        """The digest of the base: of all of the model but its head."""
+        return self._base.digest
 
     def labels(self, name: str) -> list[str] | None:
         """The names of a task's labels."""

@@ -5,12 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from bitstack_nb.guard import Guard
 
 if TYPE_CHECKING:
     from bitstack_nb.recall import ExactRecall
+
+
+def unwrap_forward(model: nn.Module) -> None:
+    """Take off what a Trainer leaves on a model: a forward in autocast, and a mark.
+
+    The wrapper would still be there in later use. With the mark the next Trainer would not wrap.
+    """
+    if "_original_forward" in vars(model):
+        del model.forward, model._original_forward
+    vars(model).pop("_is_accelerate_prepared", None)
 
 
 class GuardCallback(TrainerCallback):

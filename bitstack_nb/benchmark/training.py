@@ -16,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.head import Head, place
+from bitstack_nb.trainer import unwrap_forward
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
@@ -78,11 +79,7 @@ def train(
         try:
             return trainer.train().global_step
         finally:
-            # accelerate wraps forward in autocast and leaves wrapper and mark behind. The wrapper
-            # would still be there in update(); with the mark the next Trainer would not wrap again.
-            if "_original_forward" in vars(model):
-                del model.forward, model._original_forward
-            vars(model).pop("_is_accelerate_prepared", None)
+            unwrap_forward(model)
 
 
 def _arguments(

@@ -15,7 +15,14 @@ import torch
 import transformers
 
 from bitstack_nb.data.pooling import Pooled
-from bitstack_nb.pretrained import BackboneError, collator, load_pretrained, positions, prepare
+from bitstack_nb.pretrained import (
+    BackboneError,
+    collator,
+    load_pretrained,
+    positions,
+    prepare,
+    tokenized,
+)
 
 TINY = "tiny-gpt2"
 
@@ -107,20 +114,8 @@ def encode(data: datasets.Dataset, backbone: Backbone) -> datasets.Dataset:
         for name in ("text", "text_pair")
         if name in data.column_names
     ]
-    cut = {"truncation": "longest_first", "max_length": backbone.max_length}
-    columns = dict(backbone.tokenizer(*texts, **cut))
-    full_stop = backbone.tokenizer(".", **cut)
-    for row, tokens in enumerate(columns["input_ids"]):
-        # A decoder gives NaN for a row of padding only: an empty text is read as a full stop.
-        if set(tokens) <= {backbone.tokenizer.pad_token_id}:
-            for name, column in columns.items():
-                column[row] = full_stop[name]
+    columns = tokenized(backbone.tokenizer, *texts, max_length=backbone.max_length)
     lengths = [len(tokens) for tokens in columns["input_ids"]]
-    if max(lengths) > backbone.max_length:
-        raise BackboneError(
-            f"{backbone.name}: max_length {backbone.max_length} leaves no room for the special "
-            "tokens of a text or pair: use more"
-        )
     return datasets.Dataset.from_dict({**columns, "labels": data["label"][:], "length": lengths})
 
 

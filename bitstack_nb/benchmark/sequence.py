@@ -309,5 +309,8 @@ class TaskSequence:
             peak_memory=self.numbers["peak_memory"],
             provenance=self.numbers["origin"],
             drift=self.numbers["drift"],
-            storage={"bytes": self.strategy.storage(self.train_data)},
+            storage={
+                "bytes": self.strategy.storage(self.train_data),
+                "best_bytes": self.strategy.best_storage(self.train_data),
+            },
         )

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bitstack_nb.benchmark.drift import KINDS, STATES
 from bitstack_nb.figures.methods import (
@@ -30,6 +31,7 @@ from bitstack_nb.results.metrics import accuracy_matrix, mean_interval
 from bitstack_nb.results.pairs import METRICS, OTHER, no_pairs, pairs
 from bitstack_nb.results.result import Result, ResultError
 
+_BYTES = EngFormatter(unit="B", places=0)  # 100 kB
 _RUN = ["configuration", "seed", "order"]
 
 
@@ -138,20 +140,30 @@ def _differences(runs: pd.DataFrame, columns: Sequence[str], baseline: str) -> p
 
 
 @styled
-def accuracy_for_storage(results: Iterable[Result]) -> Figure:
+def accuracy_for_storage(results: Iterable[Result], *, best: bool = False) -> Figure:
     """Average accuracy after the last task against the storage per task, a point each.
 
     Storage is the bytes beside one backbone and the heads (``Result.storage``), on a logarithmic
-    scale with nothing at its left. Sparsities stand above the points of a method that has several.
-    Raises ResultError where no run has recorded any.
+    scale. Methods that store nothing are at its left edge. Sparsities or ranks stand above the
+    points of a method that has several.
+
+    Args:
+        results: the runs.
+        best: show the bytes of each method's smallest usual form: values in bf16, positions packed.
+
+    Raises:
+        ResultError: no run has recorded any, or with ``best``, a run has not recorded that.
     """
-    columns = ["storage_per_task", "average_accuracy"]
-    groups = [g for g in grouped(frame(results)) if g.runs[columns].notna().any().all()]
+    runs = frame(results)
+    runs["bytes_per_task"] = [_bytes_per_task(result, best=best) for result in runs["result"]]
+    columns = ["bytes_per_task", "average_accuracy"]
+    runs = runs.astype(dict.fromkeys(columns, float))
+    groups = [g for g in grouped(runs) if g.runs[columns].notna().any().all()]
     if not groups:
         raise ResultError("no result has recorded its storage: run it again")
     points = averages(pd.concat(g.runs for g in groups), columns).loc[[g.key for g in groups]]
-    sizes = points["storage_per_task"].to_numpy()
-    smallest = min(sizes[sizes > 0], default=1.0)
+    sizes = points["bytes_per_task"].to_numpy()
+    smallest = min(sizes[sizes > 0], default=1000.0)
     places = _side_by_side(np.where(sizes > 0, sizes, smallest / 10))
     means, halves = (
         points[name].fillna(0).to_numpy()
@@ -160,7 +172,7 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
     figure = Figure(5.2)
     ax = figure.subplots()
     variants = _by_variant(groups)
-    above = True  # sparsities of one variant stand above its points, those of the next one below
+    above = True  # sizes of one variant stand above its points, those of the next one below
     for label, own in variants.items():
         several = len(own) > 1
         look = {"color": groups[own[0]].colour, "marker": groups[own[0]].marker}
@@ -169,45 +181,79 @@ def accuracy_for_storage(results: Iterable[Result]) -> Figure:
         if several:
             for at in own:
                 end = means[at] + halves[at] if above else means[at] - halves[at]
-                _name_sparsity(ax, groups[at], (places[at], end), above=above)
+                _name_size(ax, groups[at], (places[at], end), above=above)
             above = not above
     _set_storage_scale(ax, smallest, nothing=bool((sizes == 0).any()))
+    form = "\n(smallest usual form: values in bf16, positions packed)" if best else ""
+    ax.set_xlabel(f"storage per task, beside the backbone and the heads{form}")
     ax.set_ylabel("average accuracy at the end (%)")
     figure.legend(loc="outside right center", frameon=False)
     figure.suptitle(titled("Average accuracy against storage", _members(groups)))
     text = counted("95 % Student intervals", [len(group.runs) for group in groups])
-    note(figure, f"percentages: sparsity; {text}" if len(variants) < len(groups) else text)
+    if best:
+        text = f"accuracies were measured with float32 values; {text}"
+    named = any("%" in text.get_text() for text in ax.texts)
+    note(figure, f"percentages: sparsity; {text}" if named else text)
     return figure
 
 
-def _name_sparsity(ax: Axes, group: Group, end: tuple[float, float], *, above: bool) -> None:
-    """The sparsity of a point at the upper or the lower end of its interval."""
-    beside = {"xytext": (0, 5 if above else -5), "va": "bottom" if above else "top"}
-    share = f"{100 * group.settings['sparsity']:g} %"
-    ax.annotate(share, end, textcoords="offset points", ha="center", size=9, color=GREY, **beside)
+def _bytes_per_task(result: Result, *, best: bool) -> float | None:
+    """Stored bytes per task; None where none were recorded."""
+    stored = result.storage.get("bytes")
+    if best and stored:
+        if "best_bytes" not in result.storage:
+            name = method(result.protocol["strategy"]).label
+            raise ResultError(
+                f"a run of {name} has not recorded its smallest form: leave out best=True"
+            )
+        stored = result.storage["best_bytes"]
+    return None if stored is None else stored / len(result.protocol["tasks"])
+
+
+def _size(group: Group) -> str:
+    """The setting that says how much a configuration stores, in words; empty where none does."""
+    if (share := group.settings.get("sparsity")) is not None:
+        return f"{100 * share:g} %"
+    return "" if (rank := group.settings.get("rank")) is None else f"rank {rank:g}"
+
+
+def _name_size(ax: Axes, group: Group, end: tuple[float, float], *, above: bool) -> None:
+    """The sparsity or rank of a point at the upper or the lower end of its interval."""
+    text = ax.annotate(
+        _size(group),
+        end,
+        xytext=(0, 5 if above else -5),
+        textcoords="offset points",
+        ha="center",
+        va="bottom" if above else "top",
+        size=9,
+        color=group.colour,
+    )
+    text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # over other intervals
 
 
 def _set_storage_scale(ax: Axes, smallest: float, *, nothing: bool) -> None:
-    """A logarithmic scale in kB, with a tick for nothing at a tenth of the smallest storage."""
+    """A logarithmic scale in bytes. No storage has a tick at a tenth of the smallest one."""
     ax.set_xscale("log")
     ax.margins(x=0.08, y=0.1)  # room for the sparsity above the highest
     largest = ax.get_xlim()[1]
-    ticks = {smallest / 10: "nothing"} if nothing else {}
+    ticks = {smallest / 10: "no storage"} if nothing else {}
+    if nothing:  # the scale begins to the right of this line
+        ax.axvline(smallest / 10**0.5, color=GREY, linewidth=1, linestyle=":")
     decades = 10.0 ** np.arange(math.floor(math.log10(smallest)), math.log10(largest))
-    ticks |= {size: f"{size:,.10g}" for size in decades if size > smallest / 4}
+    ticks |= {size: _BYTES(size) for size in decades if size > smallest / 4}
     ax.set_xticks(list(ticks), list(ticks.values()))
     ax.set_xticks([], minor=True)
-    ax.set_xlabel("storage per task beside the backbone (kB)")
 
 
 def _by_variant(groups: Sequence[Group]) -> dict[str, list[int]]:
     """The places of groups of one method, budget and importance, by what tells these apart.
 
-    Groups that then have the same sparsity keep their full labels.
+    Groups that then have the same sparsity or rank keep their full labels.
     """
     names = ("strategy", "budget", "importance")
     short = labels([{name: g.settings.get(name) for name in names} for g in groups])
-    points = [(label, g.settings.get("sparsity")) for label, g in zip(short, groups, strict=True)]
+    points = [(label, _size(g)) for label, g in zip(short, groups, strict=True)]
     found: dict[str, list[int]] = {}
     for at, (group, point) in enumerate(zip(groups, points, strict=True)):
         label = point[0] if points.count(point) == 1 else group.label

@@ -44,7 +44,7 @@ class Result:
         peak_memory: MiB.
         provenance: machine, versions, commit, command and data.
         storage: ``bytes`` to keep beside one backbone and the heads, to predict every task and to
-            go on to another.
+            go on to another; ``best_bytes``, those of its smallest usual form (values in bf16).
         drift: by group of weights, task 1's accuracy at the end with that group as task 1 left it
             (``drift.attribute``).
 

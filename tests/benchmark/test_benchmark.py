@@ -132,7 +132,9 @@ def test_a_run_records_what_its_tasks_take(results):
     """The other strategies: tests/benchmark/test_strategies.py."""
     stats = results["recall"].lock_stats[0]
     values, masks = 3 * 4 * stats["locked"], 3 * stats["eligible"] / 8
-    assert values < results["recall"].storage["bytes"] <= 1.01 * (values + masks)
+    stored = results["recall"].storage
+    assert values < stored["bytes"] <= 1.01 * (values + masks)
+    assert stored["bytes"] - stored["best_bytes"] == values / 2
 
 
 def test_result_says_where_it_comes_from(results):

@@ -349,7 +349,7 @@ def test_storage_is_what_the_tensors_take():
     weights = sum(4 * p.numel() for p in model.base_model.parameters())
     eligible = make("bitstack", model).stats()["eligible"]
     data = [rows(task, 30) for task in range(3)]
-    found = {}
+    found, best = {}, {}
     for name in (
         "finetune",
         "bitstack",
@@ -363,7 +363,7 @@ def test_storage_is_what_the_tensors_take():
         strategy = make(name, tiny.bert())
         for task in range(3):
             train_stage(strategy, task)
-        found[name] = strategy.storage(data)
+        found[name], best[name] = strategy.storage(data), strategy.best_storage(data)
     assert found["finetune"] == found["frozen"] == 0
     assert eligible / 8 <= found["bitstack"] == found["random-mask"] < eligible / 8 + 100
     assert found["single"] == 3 * weights
@@ -375,8 +375,13 @@ def test_storage_is_what_the_tensors_take():
     matrices = [module.weight.numel() for module in linear_layers(model.base_model)]
     shira = make("shira", tiny.bert(), sparsity=0.1)
     assert shira.storage([]) == 3 * 12 * sum(round(0.1 * size) for size in matrices)
+    assert shira.best_storage([]) == shira.storage([]) / 3
     replay = make("replay", model, replay_size=8)
     assert replay.storage(data) == 3 * 8 * (2 + 1) * 4
+    assert make("joint", model).storage(data) == 3 * 30 * (2 + 1) * 4
+    halved = {name for name in found if best[name] != found[name]}
+    assert halved == {"ewc", "single", "lora", "bitfit"}
+    assert all(best[name] == found[name] // 2 for name in halved)
 
 
 def linear_layers(module):

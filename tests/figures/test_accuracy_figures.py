@@ -22,6 +22,7 @@ from bitstack_nb.figures.methods import grouped, method
 from bitstack_nb.results import frame
 from bitstack_nb.results.metrics import forgetting_per_task as points_lost
 from bitstack_nb.results.metrics import mean_interval
+from bitstack_nb.results.result import ResultError
 
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting")
 
@@ -141,7 +142,7 @@ def test_differences_on_a_task_are_those_of_its_pairs_whatever_its_place():
 def test_storage_is_drawn_where_it_is():
     (ax,) = accuracy_for_storage([*BITSTACK, *FINETUNE]).axes
     drawn = {tuple(c.lines[0].get_xydata()[0]) for c in ax.containers}
-    stored = np.mean([r.storage["bytes"] / 1000 / len(TASKS) for r in BITSTACK])
+    stored = np.mean([r.storage["bytes"] / len(TASKS) for r in BITSTACK])
     # Fine-tuning keeps nothing, which has no place of its own on a logarithmic scale.
     expected = [
         (place, np.mean([r.metrics["average_accuracy"] for r in results]))
@@ -149,11 +150,28 @@ def test_storage_is_drawn_where_it_is():
     ]
     np.testing.assert_allclose(sorted(drawn), sorted(expected))
     assert ax.get_xticks()[0] == pytest.approx(stored / 10)
-    assert ax.get_xticklabels()[0].get_text() == "nothing"
+    assert ax.get_xticklabels()[0].get_text() == "no storage"
+    assert {text.get_text() for text in ax.get_xticklabels()[1:]} <= {"10 kB", "100 kB"}
     figure = accuracy_for_storage([*BITSTACK, *toy.UNION[0.4], *FINETUNE])
     assert [text.get_text() for text in figure.axes[0].texts] == ["12 %", "40 %"]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["fine-tuning", "BitStack"]
+
+
+def test_storage_in_its_smallest_form():
+    """Ranks stand at the points of a method as sparsities do; no storage needs no smaller form."""
+    ranks = [r for rank in (1, 8) for r in runs("lora", rank=rank)]
+    for result in ranks:
+        result.storage |= {"bytes": 6000 * result.protocol["rank"]}
+    with pytest.raises(ResultError, match="a run of LoRA has not recorded its smallest form"):
+        accuracy_for_storage([*ranks, *FINETUNE], best=True)
+    for result in ranks:
+        result.storage |= {"best_bytes": result.storage["bytes"] // 2}
+    (ax,) = accuracy_for_storage([*ranks, *FINETUNE], best=True).axes
+    places = sorted(x for c in ax.containers for x in c.lines[0].get_xdata())
+    assert places == pytest.approx([100, 1000, 8000])
+    assert [text.get_text() for text in ax.texts] == ["rank 1", "rank 8"]
+    assert "bf16" in ax.get_xlabel()
 
 
 def test_drift_is_what_returns_of_what_was_lost():

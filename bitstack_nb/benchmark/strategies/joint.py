@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bitstack_nb.benchmark.strategy import Strategy
+from bitstack_nb.benchmark.strategies.replay import rows_bytes
+from bitstack_nb.benchmark.strategy import Data, Strategy
 
 
 class Joint(Strategy):
@@ -15,3 +16,6 @@ class Joint(Strategy):
     @staticmethod
     def stages(n_tasks: int) -> list[list[int]]:
         return [list(range(n_tasks))]
+
+    def storage(self, data: Data) -> int:
+        return rows_bytes(data)  # all texts, to train again with a further task's

@@ -59,6 +59,9 @@ class LoRA(Strategy):
         parameters = self.model.base_model.named_parameters()
         return n_bytes(parameter for name, parameter in parameters if ".lora_" in name)
 
+    def best_storage(self, data: Data) -> int:
+        return self.storage(data) // 2  # float32
+
     def _show(self, task: int) -> None:
         self._set_adapter(self.model.base_model, _adapter(task))
         self._shown = task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,9 +27,12 @@ class Replay(Strategy):
         return Strategy.rows(stage, data, protocol) | kept
 
     def storage(self, data: Data) -> int:
-        # Four bytes for each token and each label that is kept.
-        kept = [kept_rows(rows, task, self.protocol) for task, rows in enumerate(data)]
-        return 4 * sum(sum(rows["length"]) + len(rows) for rows in kept)
+        return rows_bytes(kept_rows(rows, task, self.protocol) for task, rows in enumerate(data))
+
+
+def rows_bytes(data: Iterable[Dataset]) -> int:
+    """Bytes of rows that are kept: four for each token and each label."""
+    return 4 * sum(sum(rows["length"]) + len(rows) for rows in data)
 
 
 def kept_rows(rows: Dataset, task: int, protocol: Protocol) -> Dataset:

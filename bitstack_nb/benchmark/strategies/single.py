@@ -43,6 +43,9 @@ class Single(Strategy):
     def storage(self, data: Data) -> int:
         return n_bytes(tensor for task in self._tasks for tensor in task.values())
 
+    def best_storage(self, data: Data) -> int:
+        return self.storage(data) // 2  # float32
+
     def save(self, folder: Path) -> None:
         for task, weights in enumerate(self._tasks):
             save_file(weights, folder / f"task-{task}.safetensors")

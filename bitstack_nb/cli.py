@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bitstack_nb.benchmark.protocol import PRESETS, Protocol
+from bitstack_nb.benchmark.protocol import PRESETS, PUBLISHED_CODE, Protocol
 from bitstack_nb.benchmark.strategies import all_strategies, strategy_names
 from bitstack_nb.data.tasks import AG_NEWS_BINARY, SEQUENCES, TASKS, Task, find_task
 
@@ -170,11 +170,14 @@ def protocols(options: argparse.Namespace) -> list[Protocol]:
     A setting of some strategies only, such as sparsity, makes no further runs of the others.
     """
     given = {f.name: v for f in fields(Protocol) if (v := getattr(options, f.name)) is not None}
+    preset = options.preset
+    if preset == "published-code":
+        preset, given = "published", {name: [v] for name, v in PUBLISHED_CODE.items()} | given
     strategies = given.pop("strategy")
     owned = {name for strategy in all_strategies().values() for name in strategy.settings}
     found = []
     for shared in _combinations({name: v for name, v in given.items() if name not in owned}):
-        base = replace(PRESETS[options.preset], **shared)
+        base = replace(PRESETS[preset], **shared)
         base = base.shuffled() if options.shuffle_tasks else base
         for strategy in strategies:
             settings = getattr(all_strategies().get(strategy), "settings", ())
@@ -250,7 +253,8 @@ def _add_runs(
     """
     parser = _add(commands, name, text, command, "results/runs")
     add = parser.add_argument
-    add("--preset", choices=list(PRESETS), default="smoke", help="the settings that are not given")
+    presets = [*PRESETS, "published-code"]
+    add("--preset", choices=presets, default="smoke", help="the settings that are not given")
     order = "each seed but 0 trains on the tasks in a random order of its own"
     add("--shuffle-tasks", action="store_true", help=order)
     _add_device(parser)

@@ -45,12 +45,13 @@ def measure(
     *,
     n_batches: int,
     importance: str,
+    training: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Importance by parameter name: float32, in the parameter's shape, at least 0.
 
-    Runs up to ``n_batches`` batches forward and backward in evaluation mode (dropout off) without
-    autocast. The model's training flags and gradients and the global random generators are left as
-    found.
+    Runs up to ``n_batches`` batches forward and backward without autocast, in evaluation mode
+    (dropout off) or with ``training`` in training mode. The model's training flags and gradients
+    and the global random generators are left as found.
 
     Each of several ranks runs up to ``n_batches`` batches of its own. Scores are summed over the
     ranks, and every rank gets the same bits. One process that sees the same ``n`` batches adds them
@@ -67,7 +68,7 @@ def measure(
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
         if not trainable:
             raise ValueError("every eligible parameter is frozen, so none can get a gradient")
-    ranks.check_equal({"importance": importance}, "settings")
+    ranks.check_equal({"importance": importance, "training": training}, "settings")
     ranks.check_same(parameters, "parameters")
     scores = {
         name: torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
@@ -75,7 +76,7 @@ def measure(
     }
     device = next(iter(parameters.values())).device
     seen = 0
-    with ranks.agreed(), undisturbed(model, device):
+    with ranks.agreed(), undisturbed(model, device, training=training):
         for batch in islice(loader, n_batches):
             loss = batch_loss(model, batch, device)
             gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
@@ -259,14 +260,16 @@ def check_seen(seen: int) -> None:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, gradients on, autocast off; restores training flags and global RNGs."""
-    training = {module: module.training for module in model.modules()}
+def undisturbed(
+    model: nn.Module, device: torch.device, *, training: bool = False
+) -> Iterator[None]:
+    """Evaluation or training mode, gradients on, autocast off; restores flags and global RNGs."""
+    flags = {module: module.training for module in model.modules()}
     # A Trainer in half precision leaves accelerate's autocast wrapper on the instance's forward.
     wrapped = "_original_forward" in vars(model) and "_hf_hook" not in vars(model)
     forward = vars(model).pop("forward", None) if wrapped else None
     try:
-        model.eval()
+        model.train(training)
         with (
             undisturbed_rng(device),
             torch.enable_grad(),
@@ -276,7 +279,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         if forward is not None:
             model.forward = forward
-        for module, flag in training.items():
+        for module, flag in flags.items():
             module.training = flag
 
 

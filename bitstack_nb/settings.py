@@ -7,6 +7,7 @@ from numbers import Real
 
 BUDGETS = ("union", "fresh")
 IMPORTANCES = ("gradient", "gradient-weight", "fisher")
+MODES = ("eval", "train")  # in which the benchmark measures importance
 POOLINGS = ("cls", "mean")  # of the benchmark's classifier
 RANDOM = "random"  # for exact recall; locking random weights is the method random mask
 

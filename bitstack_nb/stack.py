@@ -95,6 +95,7 @@ class BitStack(KeptInFiles):
         loader: Iterable[Mapping[str, Any]],
         n_batches: int = 32,
         *,
+        training: bool = False,
         observe: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
     ) -> dict[str, float]:
         """Measure importance on a task's batches, and lock the weights that matter most.
@@ -104,6 +105,7 @@ class BitStack(KeptInFiles):
                 ``trainer.get_train_dataloader()``. Keys that the model's forward does not take,
                 by name or through ``**kwargs``, are dropped.
             n_batches: how many batches to use at most.
+            training: measure in training mode (dropout on), as the published code does.
             observe: a function that gets the importance (float32 by parameter name) before
                 anything is locked (:class:`bitstack_nb.benchmark.curves.CurveRecorder`).
 
@@ -113,7 +115,7 @@ class BitStack(KeptInFiles):
         Raises:
             ValueError, TypeError: see :func:`bitstack_nb.importance.measure`. Nothing has changed.
         """
-        scores = self.measure(loader, n_batches)
+        scores = self.measure(loader, n_batches, training=training)
         if observe is not None:
             observe(scores)
         taken = self.masks if self.settings["budget"] == "fresh" else None
@@ -121,7 +123,7 @@ class BitStack(KeptInFiles):
         return self.lock(choose(scores, k, without=taken))
 
     def measure(
-        self, loader: Iterable[Mapping[str, Any]], n_batches: int = 32
+        self, loader: Iterable[Mapping[str, Any]], n_batches: int = 32, *, training: bool = False
     ) -> dict[str, torch.Tensor]:
         """Importance of each weight, locked or not, as :meth:`update` measures it; locks nothing.
 
@@ -129,9 +131,14 @@ class BitStack(KeptInFiles):
         """
         self._guard.check_parameters_present()
         with self._guard.lifted():
-            model, parameters = self._model, self._locks.parameters
-            how = self.settings["importance"]
-            return measure(model, parameters, loader, n_batches=n_batches, importance=how)
+            return measure(
+                self._model,
+                self._locks.parameters,
+                loader,
+                n_batches=n_batches,
+                importance=self.settings["importance"],
+                training=training,
+            )
 
     def lock(self, chosen: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Lock the weights of these masks as one task's; :meth:`update` passes the top k.

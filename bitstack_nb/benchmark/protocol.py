@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.data.tasks import EVALUATIONS, FIVE_TASKS, SAMPLINGS, Task, find_task
-from bitstack_nb.settings import BUDGETS, IMPORTANCES, POOLINGS, RANDOM
+from bitstack_nb.settings import BUDGETS, IMPORTANCES, MODES, POOLINGS, RANDOM
 
 if TYPE_CHECKING:
     from bitstack_nb.benchmark.strategy import Strategy
@@ -96,6 +96,16 @@ class Protocol:
         "the last); the model's own pooling if not given; always mean for probe",
         choices=POOLINGS,
     )
+    importance_mode: str | None = _setting(
+        None,
+        "measure importance without dropout (eval, if not given) or with it (train)",
+        choices=MODES,
+    )
+    locks_of: str | None = _setting(
+        None,
+        "folder of BitStack's results: a mask of the same seed locks exactly as many weights; "
+        "if not given, as many as are important to its own model",
+    )
 
     def __post_init__(self) -> None:
         tasks = tuple(find_task(t) if isinstance(t, str) else t for t in self.tasks)
@@ -131,6 +141,8 @@ class Protocol:
             meant["head_learning_rate"] = None
         if self.head_steps == 0:
             meant["head_steps"] = None
+        if self.importance_mode == "eval":
+            meant["importance_mode"] = None
         if _strategy(self.strategy).pooling:
             meant["pooling"] = None
         for item in fields(self):
@@ -158,8 +170,9 @@ class Protocol:
     @cached_property  # and so the same for a worker in another folder
     def name(self) -> str:
         """Strategy, seed and a hash of everything else: the result's file name."""
-        folders = {"data": _spelled(self.data), "model": _spelled(self.model)}
-        canonical = json.dumps(self.to_dict() | folders, sort_keys=True)
+        record = self.to_dict()
+        folders = {n: _spelled(record[n]) for n in ("data", "model", "locks_of") if n in record}
+        canonical = json.dumps(record | folders, sort_keys=True)
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
         return f"{self.strategy}-seed{self.seed}-{digest}"
 
@@ -272,6 +285,9 @@ PRESETS: Mapping[str, Protocol] = _Presets(
         },
     }
 )
+
+# What the command line's preset published-code adds to published: the published code's readings.
+PUBLISHED_CODE = {"budget": "fresh", "sampling": "head", "importance_mode": "train"}
 
 
 def default_preset(*, gpu: str = "published") -> str:

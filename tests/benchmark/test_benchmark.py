@@ -303,6 +303,17 @@ def test_what_each_strategy_saves_is_enough_to_go_on(results, tmp_path, monkeypa
     assert [item.name for item in tmp_path.iterdir()] == [f"{protocol.name}.json"]
 
 
+def test_a_mask_of_exactly_the_size_of_bitstacks(tmp_path, monkeypatch):
+    method = run(TWO.with_strategy("bitstack"), output=tmp_path)
+    protocol = TWO.with_strategy("random-mask", locks_of=str(tmp_path))
+    stop_in_stage(2, protocol, tmp_path, monkeypatch)
+    result = run(protocol, output=tmp_path)
+    locked = [[s["locked"] for s in each.lock_stats] for each in (method, result)]
+    assert locked[0] == locked[1] and 0 < locked[0][0] < locked[0][1]
+    with pytest.raises(ValueError, match=r"no runs of bitstack.*seed 1.*run bitstack first"):
+        run(replace(protocol, seed=1), output=tmp_path)
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:-1])
 

@@ -34,8 +34,10 @@ def test_a_name_depends_on_what_matters():
     assert replace(SMALL, train_size=1.0).name != replace(SMALL, train_size=1).name
     union = SMALL.with_strategy("bitstack")
     assert union.name == replace(union, importance="gradient").name
-    others = ({"budget": "fresh"}, {"seed": 1}, {"epochs": 3}, {"importance": "fisher"})
-    assert len({union.name, *(replace(union, **settings).name for settings in others)}) == 5
+    others = [{"budget": "fresh"}, {"seed": 1}, {"epochs": 3}, {"importance": "fisher"}]
+    others.append({"importance_mode": "train"})
+    assert len({union.name, *(replace(union, **settings).name for settings in others)}) == 6
+    assert union.name == replace(union, importance_mode="eval").name
     recall = SMALL.with_strategy("recall")
     assert recall.name == replace(recall, budget="fresh").name
     random = replace(recall, importance="random")

@@ -229,6 +229,22 @@ def test_a_control_holds_what_it_locks(name):
     assert free.float().mean() > 0.5
 
 
+def test_importance_is_measured_with_dropout_if_asked():
+    """As the published code does; a control counts in the same way."""
+    for name in ("bitstack", "random-mask"):
+        masks = {}
+        for mode in ("eval", "train"):
+            model = tiny.bert().eval()
+            strategy = make(name, model, importance_mode=mode)
+            torch.manual_seed(0)
+            strategy.after_stage(0, tiny.batches(2, seed=0))
+            assert model.training is False
+            counter = strategy._stack if name == "bitstack" else strategy._count
+            masks[mode] = torch.cat([mask.flatten() for mask in counter.masks.values()])
+        assert masks["eval"].sum() == masks["train"].sum()
+        assert not torch.equal(masks["eval"], masks["train"])
+
+
 def test_the_random_mask_follows_the_seed():
     def masks(seed: int) -> torch.Tensor:
         model = tiny.gpt2()

@@ -86,6 +86,10 @@ def test_settings_that_are_not_given_are_as_in_the_preset():
         (model, strategy) for model in ("a", "b") for strategy in ("finetune", "bitstack")
     ]
     assert {tuple(task.name for task in p.tasks) for p in stronger} == {("imdb", "ag_news_binary")}
+    code = asked("run", "--preset", "published-code", "--strategy", "bitstack,finetune,recall")
+    names = ("model", "sampling", "budget", "importance_mode")
+    rest = ("gpt2", "head", None, None)
+    assert settings(code, *names) == [("gpt2", "head", "fresh", "train"), rest, rest]
     (twenty,) = asked("run", "--tasks", "twenty", "--strategy", "finetune")
     assert len(twenty.tasks) == 20
 

@@ -25,7 +25,7 @@ class Published(Locking):
 
     def after_stage(self, number: int, loader: Batches) -> None:
         """Lock the weights that matter for the stage's task."""
-        self._stack.update(loader, n_batches=self.protocol.n_batches, observe=self._recorder.add)
+        self._update(self._stack, loader, observe=self._recorder.add)
 
     def importance_record(self) -> dict[str, Any]:
         return self._recorder.curves().to_record()

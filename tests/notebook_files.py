@@ -17,7 +17,12 @@ FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 _METADATA = {
     "colab": {"provenance": []},
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
+    # The last is for scripts that nbconvert makes: without it cells keep their ! and %.
+    "language_info": {
+        "file_extension": ".py",
+        "name": "python",
+        "nbconvert_exporter": "python",
+    },
 }
 _ON_A_GPU = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}}
 _NO_GPU = ("01_smoke_test.ipynb", "04_mask_visualization.ipynb")  # too small to need one

@@ -1,4 +1,4 @@
-"""What notebooks need beside the package: the first cell, and the explorer."""
+"""What notebooks need beside the package: the first cell, parameters, and the explorer."""
 
 from bitstack_nb.lazy import attach
 
@@ -11,6 +11,8 @@ __getattr__, __dir__, __all__ = attach(
         "duration": "first_cell",
         "default_output": "first_cell",
         "output_folder": "first_cell",
+        "several": "parameters",
+        "nearest_runs": "parameters",
         "explore": "explorer",
     },
 )

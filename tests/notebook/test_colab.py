@@ -92,8 +92,10 @@ def test_elsewhere_the_first_cell_uses_the_clone(tmp_path):
     python = environment(tmp_path, colab=False)
     (site_packages(python) / "bitstack_nb").mkdir()
     (site_packages(python) / "bitstack_nb" / "__init__.py").touch()
-    for folder in (ROOT, ROOT / "notebooks"):
+    for folder in (ROOT, ROOT / "notebooks", ROOT / "docs", ROOT / "tests" / "colab"):
         before = sorted(folder.iterdir())
         said = first_cell(python, folder, BITSTACK_REPOSITORY="file:///not/cloned")
         assert f"found in {ROOT / 'bitstack_nb'}" in said, said
         assert sorted(folder.iterdir()) == before
+    said = first_cell(python, tmp_path)
+    assert f", not in {tmp_path}" in said and "start this notebook in a clone of" in said

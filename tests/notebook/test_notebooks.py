@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_results
 from IPython.core.inputtransformer2 import TransformerManager
+from nbconvert import ScriptExporter
 from notebook_files import FOLDER, WIDGET, code_cells, metadata, read
 
 from bitstack_nb.benchmark import PRESETS, default_preset
@@ -16,8 +18,10 @@ from bitstack_nb.notebook import (
     describe,
     duration,
     first_cell,
+    nearest_runs,
     output_folder,
     report,
+    several,
     to_install,
 )
 
@@ -89,6 +93,42 @@ def test_cells_define_no_helpers(file):
         tree = ast.parse(TransformerManager().transform_cell(cell.source))
         assert not [node.name for node in ast.walk(tree) if isinstance(node, helpers)], cell.id
         assert "NBVAL_" not in cell.source, cell.id
+
+
+@each_notebook
+def test_nbconvert_makes_a_script_of_it(file):
+    source, about = ScriptExporter().from_filename(file)
+    assert about["output_extension"] == ".py"
+    compile(source, file.stem, "exec")
+
+
+# Parameters ------------------------------------------------------------------------------------
+
+
+def test_a_parameter_may_be_one_value_or_several():
+    for one in ("distilbert-base-uncased", 0, 0.12):
+        assert several(one) == [one]
+    assert several((0, 1)) == several(range(2)) == [0, 1]
+    assert several(None, [42]) == several([], [42]) == [42]
+
+
+def test_any_sparsity_shows_the_nearest_recorded_one_and_says_so(caplog):
+    results = [toy_results.run("finetune")] + [
+        toy_results.run(sparsity=sparsity, budget=budget)
+        for sparsity in (0.05, 0.12)
+        for budget in ("fresh", "union")
+    ]
+    for asked, shown in ((0.12, 0.12), (0.0, 0.05), (0.3, 0.12)):
+        caplog.clear()
+        first, runs = nearest_runs(results, asked, "union")
+        assert (first.protocol["sparsity"], first.protocol["budget"]) == (shown, "union")
+        assert [run.protocol["sparsity"] for run in runs] == [shown] * 2
+        said = f"no run was recorded at sparsity {asked:g} (but 0.05, 0.12)"
+        assert (said in caplog.text) == (asked != shown)
+    with pytest.raises(ValueError, match=r"sparsity is 12, expected a share from 0 to 1"):
+        nearest_runs(results, 12, "union")
+    with pytest.raises(ValueError, match="no run of BitStack with budget 'union'"):
+        nearest_runs(results[:2], 0.12, "union")
 
 
 # Functions of the first cells ------------------------------------------------------------------

@@ -19,26 +19,28 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from bitstack_nb import bankfiles, router
 from bitstack_nb.examples import Examples, Text, as_text, read_examples
 from bitstack_nb.features import mean_pooled
+from bitstack_nb.learning import (
+    HEAD_LEARNING_RATE,
+    LEARNING_RATE,
+    Rows,
+    default_arguments,
+    train_open_task,
+)
 from bitstack_nb.pretrained import collator, positions, prepare, tokenized
 from bitstack_nb.recall import Diverged, ExactRecall
 from bitstack_nb.rng import undisturbed_rng
-from bitstack_nb.trainer import ExactRecallCallback, unwrap_forward
+from bitstack_nb.trainer import unwrap_forward
 
-# Chosen on held-out texts of five tasks with MiniLM-L6 and 1 % random own weights: 0.5 to 2 times
-# the rate gave less (results/tuning/evidence).
-LEARNING_RATE, HEAD_LEARNING_RATE = 8e-3, 1e-2
 MAX_LENGTH = 256  # tokens, if the model has so many positions
 BATCH_SIZE = 32  # texts that are answered at once
 ROUTED = 1000  # texts of a task that the router learns from, at most
 
 logger = logging.getLogger(__name__)
-
-Rows = list[dict[str, Any]]
 
 
 class TaskBank:
@@ -84,14 +86,26 @@ class TaskBank:
         base: dict[str, Any],
     ) -> None:
         self.recall, self.model, self.tokenizer, self.base = recall, model, tokenizer, base
-        limit = min(positions(model) or MAX_LENGTH, tokenizer.model_max_length)
-        self.max_length = min(MAX_LENGTH, limit) if max_length is None else max_length
-        if not 1 <= self.max_length <= limit:
-            raise ValueError(f"max_length is {max_length}, expected 1 to {limit} tokens")
+        self.max_length = min(MAX_LENGTH, self._limit) if max_length is None else max_length
+        self._length(self.max_length)
         self._collate = collator(model, tokenizer)
         self._lock = threading.RLock()
         self._routers: dict[bool, router.Router] = {}  # of tasks that read pairs, and of others
         self._measured: dict[str, dict[str, float]] = {}  # by task, what evaluate() found
+
+    @property
+    def _limit(self) -> int:
+        """The number of tokens that the model can read."""
+        return min(positions(self.model) or MAX_LENGTH, self.tokenizer.model_max_length)
+
+    def _length(self, max_length: int | None) -> int:
+        """A number of tokens to cut texts at, the bank's if there is none given."""
+        if max_length is None:
+            return self.max_length
+        if not isinstance(max_length, int) or not 1 <= max_length <= self._limit:
+            limit = self._limit
+            raise ValueError(f"max_length is {max_length!r}, expected 1 to {limit} tokens")
+        return max_length
 
     @classmethod
     def from_pretrained(
@@ -245,19 +259,28 @@ class TaskBank:
         """
         data = read_examples(train, text=text, label=label, names=labels)
         held = self._of_task(eval_dataset, data, "eval_dataset")
-        length = self.max_length if max_length is None else max_length
-        with self._lock, undisturbed_rng(self.model.device), self._unchanged_on_error():
+        length = self._length(max_length)
+        with self._lock, undisturbed_rng(self.model.device), self._ends_on_base():
             rows, held_rows = self._rows(data, length), held and self._rows(held, length)
-            part = self._part(data, held)
             loader = self._batches(rows, batch_size, seed=seed or 0)
             self.recall.begin(name, data.names, loader=loader, seed=seed)
+            part = self._part(data, held)
             with tempfile.TemporaryDirectory() as folder:
-                if args is None:
-                    args = self._arguments(folder, epochs, batch_size, seed or 0, progress)
-                found = self._train(rows, held_rows, args, lr, head_lr, callbacks)
+                given = {"epochs": epochs, "batch_size": batch_size, "progress": progress}
+                given |= {"seed": seed or 0, "device": self.model.device}
+                found = train_open_task(
+                    self.recall,
+                    self.model,
+                    rows,
+                    held=held_rows,
+                    collate=self._collate,
+                    args=args or default_arguments(folder, **given),
+                    rates=(lr, head_lr),
+                    callbacks=callbacks,
+                )
             found = {"texts": len(rows), **found}
-            notes = {"pairs": data.pairs, "max_length": length, **found}
-            notes |= dict(zip(("text", "label"), data.columns, strict=True))
+            (columns, column), about = data.columns, {"pairs": data.pairs, "max_length": length}
+            notes = {"text": columns, "label": column, **about, **found}
             try:
                 self.recall.close(kept=part._asdict(), notes=notes)
             except Diverged as error:
@@ -267,7 +290,7 @@ class TaskBank:
         return found
 
     @contextmanager
-    def _unchanged_on_error(self) -> Iterator[None]:
+    def _ends_on_base(self) -> Iterator[None]:
         """After the block the model is the base, in evaluation mode, and no task is open."""
         try:
             yield
@@ -277,59 +300,6 @@ class TaskBank:
             self.recall.switch(None)
             unwrap_forward(self.model)
             self.model.eval()
-
-    def _arguments(
-        self, folder: str, epochs: float, batch_size: int, seed: int, progress: bool
-    ) -> TrainingArguments:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=4 * batch_size,
-            warmup_steps=0.1,
-            weight_decay=0.01,
-            train_sampling_strategy="group_by_length",
-            seed=seed,
-            use_cpu=self.model.device.type == "cpu",
-            dataloader_pin_memory=self.model.device.type == "cuda",
-            save_strategy="no",
-            logging_strategy="epoch" if progress else "no",
-            report_to="none",
-            disable_tqdm=not progress,
-        )
-        # One GPU: DataParallel would multiply the batch.
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        return arguments
-
-    def _train(
-        self,
-        rows: Rows,
-        held: Rows | None,
-        args: TrainingArguments,
-        lr: float,
-        head_lr: float,
-        callbacks: Sequence[TrainerCallback],
-    ) -> dict[str, float]:
-        """Train the open task; what was found."""
-        best, args = _Best(self.recall), copy.copy(args)
-        if held and args.eval_strategy == "no":
-            args.eval_strategy = transformers.IntervalStrategy.EPOCH
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, self.model)
-        groups = self.recall.parameters(lr=lr, head_lr=head_lr)
-        settings = {"weight_decay": args.weight_decay, **settings}
-        trainer = Trainer(
-            model=self.model,
-            args=args,
-            data_collator=self._collate,
-            train_dataset=rows,
-            eval_dataset=held,
-            compute_metrics=_accuracy,
-            optimizers=(kind(groups, **settings), None),
-            callbacks=[ExactRecallCallback(self.recall), best, *callbacks],
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        loss = trainer.train().training_loss
-        return {"loss": loss, **best.put_back()}
 
     def _rows(self, data: Examples, max_length: int) -> Rows:
         """Encoded examples for the Trainer."""
@@ -594,31 +564,3 @@ class TaskBank:
         with self._lock:
             how = {"private": private, "token": token, "message": message}
             return bankfiles.push(self, name, include_base=include_base, **how)
-
-
-class _Best(TrainerCallback):
-    """Keeps the open task of the evaluation with the most right answers."""
-
-    def __init__(self, recall: ExactRecall) -> None:
-        self._recall, self._found = recall, {}
-        self._best: list[torch.Tensor] | None = None
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, *, metrics: Mapping[str, float], **_: Any
-    ) -> None:
-        """Keep the task as it is now if no evaluation before was as good."""
-        if metrics["eval_accuracy"] > self._found.get("accuracy", -1):
-            self._found = {"accuracy": metrics["eval_accuracy"], "epoch": state.epoch}
-            self._best = self._recall.snapshot()
-
-    def put_back(self) -> dict[str, float]:
-        """Make the open task that one again; its accuracy and epoch."""
-        if self._best is not None:
-            self._recall.put_back(self._best)
-        return self._found
-
-
-def _accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
-    logits = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}

@@ -65,7 +65,7 @@ def load(
     if not (folder / RECORD).is_file():
         model, tokenizer, source = _classifier(name, revision)
         return model, tokenizer, Saved(folder, None, {"name": name, **_commit(source)})
-    record = _read(folder)
+    record = _record_in(folder)
     told = record["base"]
     saved = Saved(folder, record, {key: told[key] for key in ("name", "revision")})
     if base is None and (folder / BASE).is_dir():
@@ -112,7 +112,16 @@ def _commit(source: dict[str, Any]) -> dict[str, Any]:
     return {"revision": source.get("revision")}
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def read_record(name: str) -> dict[str, Any]:
+    """What ``bank.json`` of a bank says, a folder or a Hub name.
+
+    Raises:
+        ValueError: there is no such bank, or the file is damaged.
+    """
+    return _record_in(locate(name, marks=(RECORD,)))
+
+
+def _record_in(folder: Path) -> dict[str, Any]:
     """What ``bank.json`` says."""
     path = folder / RECORD
     try:
@@ -137,7 +146,7 @@ def save(bank: TaskBank, folder: Path, *, include_base: bool) -> None:
     """Write a bank; see :meth:`bitstack_nb.bank.TaskBank.save_pretrained`."""
     record = _record(bank)
     if (folder / RECORD).is_file():
-        there = _read(folder)["base"]
+        there = _record_in(folder)["base"]
         if there["digest"] != record["base"]["digest"]:
             raise ValueError(
                 f"{folder} holds a bank on another base, {there['name']} (here it is "

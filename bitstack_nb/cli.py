@@ -1,5 +1,7 @@
 """Command line: ``python -m bitstack_nb run | ablation | stronger | sweep | figures | cost``.
 
+The command ``bank`` is in ``cli_bank``.
+
 A command imports torch, transformers and the rooms when it starts, so ``--help`` answers at once.
 """
 
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bitstack_nb.benchmark.protocol import PRESETS, PUBLISHED_CODE, Protocol
 from bitstack_nb.benchmark.strategies import all_strategies, strategy_names
+from bitstack_nb.cli_bank import add_bank
 from bitstack_nb.data.tasks import AG_NEWS_BINARY, SEQUENCES, TASKS, Task, find_task
 
 if TYPE_CHECKING:
@@ -223,6 +226,7 @@ def parser() -> argparse.ArgumentParser:
     _add_sweep(commands)
     _add_figures(commands)
     _add_cost(commands)
+    add_bank(commands)
     return program
 
 

@@ -174,7 +174,8 @@ def _numbered(
     place = {name: number for number, name in enumerate(names)}
     numbers = []
     for name in named:
-        number = place.get(str(name), name if isinstance(name, int) else None)
+        # A file of text has digits where the label is a number.
+        number = place.get(str(name), int(name) if str(name).isdecimal() else None)
         if number is None or number >= len(names):
             raise ValueError(f"{what} has the label {name!r}, expected one of {', '.join(names)}")
         numbers.append(number)

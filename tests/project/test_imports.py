@@ -53,7 +53,7 @@ def imported_at_once(file: Path) -> set[str]:
 
 def room(module: str) -> str:
     name = [*module.split("."), ""][1]
-    return "cli" if name == "__main__" else name if name in MAY_IMPORT else ""
+    return "cli" if name in ("__main__", "cli_bank") else name if name in MAY_IMPORT else ""
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)

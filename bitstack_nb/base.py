@@ -23,7 +23,7 @@ class Base:
     Args:
         model: already unwrapped; it is the base now.
         parameters: all but the head's, by name.
-        head: the names of the model's children that are its head.
+        head: the names of the modules and parameters that make up its head.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Base:
     ) -> None:
         self._model = model
         self.parameters = dict(parameters)
-        self._dtypes = {name: p.dtype for name, p in parameters.items()}
+        self._kinds = {name: (p.dtype, p.shape) for name, p in parameters.items()}
         buffers = eligible.backbone_buffers(model)
         named = {id(buffer): name for name, buffer in buffers.items()}
         self._buffer_slots = {
@@ -44,10 +44,11 @@ class Base:
         # Every place where a module or parameter stands, to see that it still stands there.
         self._slots = [
             (table, name, value)
-            for module in model.modules()
+            for path, module in model.named_modules()
             for table in (module._modules, module._parameters)
             for name, value in table.items()
-            if value is not None and not (module is model and name in head)
+            if value is not None
+            and eligible.canonical(f"{path}.{name}" if path else name) not in head
         ]
         self.digests = {name: digest(tensor) for name, tensor in self._tensors().items()}
 
@@ -72,10 +73,16 @@ class Base:
                     "is to be, with the base in it"
                 )
         for name, parameter in self.parameters.items():
-            if parameter.dtype != self._dtypes[name]:
+            dtype, shape = self._kinds[name]
+            if parameter.dtype != dtype:
                 raise RuntimeError(
-                    f"{name} is {parameter.dtype} but was {self._dtypes[name]}: exact values do "
+                    f"{name} is {parameter.dtype} but was {dtype}: exact values do "
                     "not survive a cast; cast the base, then make the ExactRecall"
+                )
+            if parameter.shape != shape:
+                raise RuntimeError(
+                    f"{name} has shape {tuple(parameter.shape)} but had {tuple(shape)}: tasks "
+                    "belong to the base as it was; resize the base, then make the ExactRecall"
                 )
 
     def check_same(self, digests: Mapping[str, str]) -> None:

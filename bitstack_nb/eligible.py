@@ -3,9 +3,13 @@
 The rules look at the model's structure only, so nothing here needs transformers:
 
 - A *head* lies outside the backbone that the model names in ``base_model_prefix``, as the models of
-  transformers do. Elsewhere it is a child with a usual name: ``classifier``, ``head``, ``score``...
-- An *embedding* is an ``nn.Embedding``, or has "embed" in its name.
+  transformers do. Elsewhere it is a child with a usual name: ``classifier``, ``heads``, ``fc``...
+  Without either it is the last layer, and a warning says so. A wrapper with one child is looked
+  into.
+- An *embedding* is an ``nn.Embedding``, or a parameter or module with "embed" in its name or class.
 - The *final norm* is a norm layer outside the stack of blocks (a ModuleList or Sequential).
+
+An embedding or a norm has no modules in it. One that has is a block, whatever its name.
 
 On GPT-2 the rules give the published exclusion ``score, wte, wpe, ln_f``.
 
@@ -15,6 +19,7 @@ Names are canonical: parts that ``torch.compile`` adds are removed. A tied param
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -25,19 +30,12 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-# Children that are heads where the model does not name its backbone.
-_HEADS = {
-    "classification_head",
-    "classifier",
-    "cls",
-    "fc",
-    "head",
-    "heads",
-    "lm_head",
-    "pre_classifier",
-    "qa_outputs",
-    "score",
-}
+# Usual names of heads, where the model does not name its backbone.
+_HEADS = re.compile(
+    r"(\w+_)?(classifier|head|logit|output|score)s|(\w+_)?(classifier|head|score)"
+    r"|(cls|fc|final|last|logit|out|output)(_(fc|layer|linear|proj))?",
+    re.IGNORECASE,
+)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -125,7 +123,7 @@ def canonical(name: str) -> str:
 
 
 def eligible_parameters(model: nn.Module, exclude: Iterable[str] | None) -> dict[str, nn.Parameter]:
-    """Trainable floating-point parameters that may be locked, by name.
+    """Floating-point parameters that may be locked and are trainable now, by name.
 
     Args:
         model: any module, already unwrapped.
@@ -148,24 +146,51 @@ def eligible_parameters(model: nn.Module, exclude: Iterable[str] | None) -> dict
     }
 
 
+def head_paths(model: nn.Module) -> list[str]:
+    """Names of all that is a head, as modules, parameters and buffers of an unwrapped model."""
+    named, last = _find_head(model)
+    return named or last
+
+
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The heads' parameters, by name. A parameter tied to the backbone belongs to the backbone."""
+    paths = head_paths(model)
     return {
         names[0]: parameter
         for parameter, names in _names(model).items()
-        if all(_is_head(model, name) for name in names)
+        if all(within(name, paths) for name in names)
     }
 
 
 def trainable_heads(model: nn.Module) -> list[nn.Parameter]:
     """The heads' trainable parameters; a ValueError if there are none."""
-    heads = [p for p in head_parameters(model).values() if p.requires_grad]
-    if not heads:
+    heads = head_parameters(model)
+    found = [p for p in heads.values() if p.requires_grad]
+    if not found:
+        why = f"{', '.join(heads)} is frozen" if heads else "none is found, or it is an embedding"
         raise ValueError(
-            f"{type(model).__name__} has no trainable head, and recall gives each task its own: "
-            f"name it as one of {', '.join(sorted(_HEADS))}"
+            f"{type(model).__name__} has no trainable head ({why}), and each task has its own: "
+            "let it take gradients, or name the layer that gives the logits classifier"
         )
-    return heads
+    return found
+
+
+def warn_of_head(model: nn.Module) -> None:
+    """Log a warning if an unwrapped model's head is not known by name, or if it has none."""
+    named, last = _find_head(model)
+    if last:
+        logger.warning(
+            "no part of %s has the usual name of a head, so the last layer %r is taken for it: if "
+            "the head is another, name it classifier, or leave it free with exclude=[...]",
+            type(model).__name__,
+            last[0],
+        )
+    elif not named:
+        logger.warning(
+            "%s seems to have no head: if some layer gives the logits, name it classifier, or "
+            "leave it free with exclude=[...]",
+            type(model).__name__,
+        )
 
 
 @contextmanager
@@ -206,11 +231,11 @@ def recall_parameters(
 
 def backbone_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """The backbone's real-valued buffers that are saved with the model, by name."""
-    kept = model.state_dict(keep_vars=True)
+    kept, heads = model.state_dict(keep_vars=True), head_paths(model)
     return {
         canonical(name): buffer
         for name, buffer in model.named_buffers()
-        if name in kept and not buffer.is_complex() and not _is_head(model, name)
+        if name in kept and not buffer.is_complex() and not within(canonical(name), heads)
     }
 
 
@@ -222,23 +247,64 @@ def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return names
 
 
+def within(name: str, paths: Iterable[str]) -> bool:
+    """Whether a name is one of the paths or lies inside one."""
+    return any(f"{name}.".startswith(f"{path}.") for path in paths)
+
+
 def _automatic_exclusion(model: nn.Module) -> set[str]:
-    excluded, final_norms = set(), _final_norms(model)
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if _is_head(model, name) or any("embed" in part.lower() for part in name.split(".")):
-            excluded.add(canonical(name))
+    excluded, heads, final_norms = set(), head_paths(model), _final_norms(model)
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Embedding) or path in final_norms:
-            prefix = f"{path}." if path else ""
-            excluded |= {canonical(prefix + name) for name, _ in module.named_parameters()}
+        whole = _is_embedding(path, module) or path in final_norms
+        for name, _ in module.named_parameters(path, remove_duplicate=False, recurse=whole):
+            name = canonical(name)
+            if whole or "embed" in name.rpartition(".")[2].lower() or within(name, heads):
+                excluded.add(name)
     return excluded
 
 
-def _is_head(model: nn.Module, name: str) -> bool:
-    prefix = getattr(model, "base_model_prefix", "")
-    if prefix and isinstance(getattr(model, prefix, None), nn.Module):
-        return not name.startswith(f"{prefix}.")
-    return name.split(".")[0] in _HEADS
+def _find_head(model: nn.Module) -> tuple[list[str], list[str]]:
+    """The head as model or names tell it; else in the second list the layer taken for it."""
+    path, module = "", model
+    while True:
+        children = [*module._parameters, *module._buffers, *module._modules]
+        backbone = getattr(module, "base_model_prefix", "")
+        if isinstance(module._modules.get(backbone), nn.Module):
+            return [canonical(path + name) for name in children if name != backbone], []
+        inner = [name for name, child in module.named_children() if _holds_parameters(child)]
+        if len(inner) != 1 or not module._modules[inner[0]]._modules:
+            break
+        path, module = f"{path}{inner[0]}.", module._modules[inner[0]]
+    named = [canonical(path + name) for name in children if _HEADS.fullmatch(name)]
+    if named or backbone:  # a transformers model that does not hold its backbone is one
+        return named, []
+    return [], [canonical(path + name) for name in _layers(module)[-1:]]
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Paths of a model's layers outside the blocks, without embeddings and norms."""
+    blocks = [p for p, m in model.named_modules() if p and isinstance(m, nn.ModuleList)]
+    return [
+        path
+        for path, module in model.named_modules()
+        if path
+        and not module._modules
+        and _holds_parameters(module)
+        and not (_is_embedding(path, module) or _is_norm(module) or within(path, blocks))
+    ]
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _is_embedding(path: str, module: nn.Module) -> bool:
+    words = f"{path.rpartition('.')[2]} {type(module).__name__}".lower()
+    return isinstance(module, nn.Embedding) or ("embed" in words and not module._modules)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not module._modules
 
 
 def _final_norms(model: nn.Module) -> set[str]:
@@ -253,8 +319,7 @@ def _final_norms(model: nn.Module) -> set[str]:
     return {
         path
         for path, module in model.named_modules()
-        if "norm" in type(module).__name__.lower()
-        and not any(path.startswith(f"{c}." if c else "") for c in containers)
+        if _is_norm(module) and not any(path.startswith(f"{c}." if c else "") for c in containers)
     }
 
 

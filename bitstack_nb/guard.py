@@ -105,11 +105,11 @@ class Guard:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer")
         self.check_parameters_present()
-        if _held_by(optimizer).isdisjoint(id(p) for p in self._locks.parameters.values()):
+        if _held_by(optimizer).isdisjoint(id(p) for p in self._model.parameters()):
             raise ValueError(
-                f"this {type(optimizer).__name__} holds none of the stack's parameters: build it "
-                "from the parameters of the stack's model (shards of FSDP or DeepSpeed ZeRO are "
-                "other parameters, and not supported)"
+                f"this {type(optimizer).__name__} holds no parameter of the stack's model: build "
+                "it from that model's parameters (shards of FSDP or DeepSpeed ZeRO are other "
+                "parameters, and not supported)"
             )
         self.add_gradient_hooks()
         if optimizer in self._attached:

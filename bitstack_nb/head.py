@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bitstack_nb.bits import digest
-from bitstack_nb.eligible import head_parameters
+from bitstack_nb.eligible import head_parameters, head_paths, within
 
 # What a transformers model knows of its labels.
 _LABELS = ("id2label", "label2id", "problem_type")
@@ -83,16 +83,19 @@ def _described(state: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
 
 
 def part_names(model: nn.Module) -> list[str]:
-    """The names of an unwrapped model's direct children that are its head."""
-    return list(dict.fromkeys(name.split(".")[0] for name in head_parameters(model)))
+    """The names of the modules and parameters that make up an unwrapped model's head."""
+    own = head_parameters(model)
+    return [path for path in head_paths(model) if any(within(name, [path]) for name in own)]
 
 
 def present(model: nn.Module, names: Iterable[str]) -> Head:
     """The head that is in an unwrapped model now: the same modules, not copies."""
-    config = {name: getattr(model.config, name, None) for name in _LABELS if _configured(model)}
-    if hasattr(model, "num_labels"):
-        config["num_labels"] = model.num_labels
-    return Head({name: getattr(model, name) for name in names}, copy.deepcopy(config))
+    parts = {name: getattr(*_place(model, name)) for name in names}
+    owner = _owner(model, parts)
+    config = {name: getattr(owner.config, name, None) for name in _LABELS if _configured(owner)}
+    if hasattr(owner, "num_labels"):
+        config["num_labels"] = owner.num_labels
+    return Head(parts, copy.deepcopy(config))
 
 
 def place(model: nn.Module, head: Head) -> None:
@@ -100,11 +103,13 @@ def place(model: nn.Module, head: Head) -> None:
     device = next(model.parameters()).device
     for name, part in head.parts.items():
         if isinstance(part, nn.Module):
-            setattr(model, name, part.to(device).train(model.training))
-        else:
-            setattr(model, name, part if part.device == device else nn.Parameter(part.to(device)))
+            part = part.to(device).train(model.training)
+        elif part.device != device:
+            part = nn.Parameter(part.to(device))
+        setattr(*_place(model, name), part)
+    owner = _owner(model, head.parts)
     for name, value in copy.deepcopy(head.config).items():
-        setattr(model if name == "num_labels" else model.config, name, value)
+        setattr(owner if name == "num_labels" else owner.config, name, value)
 
 
 def copied(model: nn.Module, head: Head) -> Head:
@@ -122,8 +127,9 @@ def labelled(model: nn.Module, pattern: Head, labels: Sequence[str], *, seed: st
     head = resized(model, pattern, len(labels))
     digest = hashlib.sha256(seed.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    deviation = getattr(getattr(model, "config", None), "initializer_range", None) or 0.02
-    _, output = _output(model, head)
+    config = getattr(_owner(model, head.parts), "config", None)
+    deviation = getattr(config, "initializer_range", None) or 0.02
+    *_, output = _output(model, head)
     weight = torch.empty(output.weight.shape, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         output.weight.copy_(weight.normal_(0.0, deviation, generator=generator))
@@ -135,7 +141,7 @@ def labelled(model: nn.Module, pattern: Head, labels: Sequence[str], *, seed: st
 def resized(model: nn.Module, pattern: Head, outputs: int) -> Head:
     """A copy of a head with another number of outputs; its last layer holds anything."""
     head = copied(model, pattern)
-    path, old = _output(model, head)
+    name, path, old = _output(model, head)
     # Built without its usual initialisation, which would draw from the global generator.
     new = nn.utils.skip_init(
         nn.Linear,
@@ -145,9 +151,10 @@ def resized(model: nn.Module, pattern: Head, outputs: int) -> Head:
         device=old.weight.device,
         dtype=old.weight.dtype,
     )
-    holder = nn.ModuleDict({n: p for n, p in head.parts.items() if isinstance(p, nn.Module)})
-    holder.set_submodule(path, new)
-    head.parts.update(holder.items())
+    if path:
+        head.parts[name].set_submodule(path, new)
+    else:
+        head.parts[name] = new
     return head
 
 
@@ -155,7 +162,10 @@ def restored(
     model: nn.Module, pattern: Head, state: Mapping[str, torch.Tensor], *, config: dict[str, Any]
 ) -> Head:
     """The head with this state; a ValueError where it is not one of the model's kind."""
-    weight = state.get(f"{_output(model, pattern)[0]}.weight") if _linear(pattern) else None
+    weight = None
+    if _linear(pattern):
+        name, path, _ = _output(model, pattern)
+        weight = state.get(f"{name}.{path}.weight" if path else f"{name}.weight")
     head = copied(model, pattern) if weight is None else resized(model, pattern, len(weight))
     head.load_state_dict(state)
     head.config = config
@@ -183,8 +193,8 @@ def describe(head: Head, labels: Sequence[str]) -> Head:
     return head
 
 
-def _output(model: nn.Module, head: Head) -> tuple[str, nn.Linear]:
-    """The layer that gives the logits, and its path."""
+def _output(model: nn.Module, head: Head) -> tuple[str, str, nn.Linear]:
+    """The layer that gives the logits: the part that holds it, its path in there, and itself."""
     linear = _linear(head)
     if not linear:
         raise ValueError(
@@ -192,18 +202,35 @@ def _output(model: nn.Module, head: Head) -> tuple[str, nn.Linear]:
             "labels: put a head into the model and leave labels out"
         )
     number = head.config.get("num_labels")
-    fitting = [pair for pair in linear if pair[1].out_features == number]
+    fitting = [found for found in linear if found[2].out_features == number]
     return (fitting or linear)[-1]
 
 
-def _linear(head: Head) -> list[tuple[str, nn.Linear]]:
+def _linear(head: Head) -> list[tuple[str, str, nn.Linear]]:
     return [
-        (f"{name}.{path}".rstrip("."), module)
+        (name, path, module)
         for name, part in head.parts.items()
         if isinstance(part, nn.Module)
         for path, module in part.named_modules()
         if isinstance(module, nn.Linear)
     ]
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a part of the head, and the part's name in it."""
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own
+
+
+def _owner(model: nn.Module, parts: Iterable[str]) -> nn.Module:
+    """The innermost module around the head that knows of labels; if none does, the model."""
+    path = next(iter(parts), "")
+    while path:
+        owner, _ = _place(model, path)
+        if _configured(owner) or hasattr(owner, "num_labels"):
+            return owner
+        path = path.rpartition(".")[0]
+    return model
 
 
 def _configured(model: nn.Module) -> bool:

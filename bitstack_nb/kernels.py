@@ -204,6 +204,7 @@ class _Group(_Tables):
             if (tensor := tensors.get(name)) is not None
             and tensor.dtype == self._dtype
             and tensor.device == self._device
+            and tensor.numel() == self._sizes[name]
             and _plain(tensor)
         }
 

@@ -30,25 +30,45 @@ class Locks:
     """The locked weights of some parameters: one bit per weight, and the value of each locked one.
 
     Masks are unpacked one parameter at a time. Bits and values follow a parameter to another
-    device. A parameter with locked weights must keep its dtype; a cast raises a RuntimeError.
+    device. A parameter with locked weights must keep its dtype and its shape, or a RuntimeError is
+    raised.
 
     Args:
         parameters: the parameters whose weights may be locked, by name.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.parameters = dict(parameters)
-        self.eligible = sum(p.numel() for p in self.parameters.values())
-        self._bits = {
-            name: torch.zeros(bits.packed_size(p.shape), dtype=torch.uint8, device=p.device)
-            for name, p in self.parameters.items()
-        }
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._bits: dict[str, torch.Tensor] = {}
         # Locked values, in the order of the flattened parameter.
-        self._values = {name: p.detach().new_empty(0) for name, p in self.parameters.items()}
+        self._values: dict[str, torch.Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}
         self._tasks: list[dict[str, TaskLocks]] = []
         self._fused: Fused | None = None
         # Gradients that are still to be zeroed, by the backward pass that made them.
         self._waiting: dict[int, set[str]] = {}
+        self.include(parameters)
+
+    def include(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Let the weights of more parameters be locked; those already here stay as they are."""
+        for name, parameter in parameters.items():
+            if name not in self.parameters:
+                self.parameters[name] = parameter
+                self._clear(name)
+                for task in self._tasks:
+                    task[name] = TaskLocks(0, 0)
+
+    def _clear(self, name: str) -> None:
+        """Nothing of a parameter is locked, as it is now."""
+        p = self.parameters[name]
+        size = bits.packed_size(p.shape)
+        self._bits[name] = torch.zeros(size, dtype=torch.uint8, device=p.device)
+        self._values[name], self._shapes[name] = p.detach().new_empty(0), p.shape
+
+    @property
+    def eligible(self) -> int:
+        """Number of weights that may be locked."""
+        return sum(p.numel() for p in self.parameters.values())
 
     @property
     def count(self) -> int:
@@ -69,10 +89,16 @@ class Locks:
         return bits.positions(self._followed(name), self.parameters[name].shape)
 
     def _followed(self, name: str) -> torch.Tensor:
-        """A parameter's packed mask, moved to its device with the values; a cast is an error."""
-        parameter, values = self.parameters[name], self._values[name]
-        if not len(values):  # nothing locked yet: a cast of the model loses nothing
-            values = self._values[name] = parameter.detach().new_empty(0)
+        """A parameter's packed mask, moved to its device with the values; checks its kind."""
+        parameter, values, shape = self.parameters[name], self._values[name], self._shapes[name]
+        if not len(values) and (parameter.dtype, parameter.shape) != (values.dtype, shape):
+            self._clear(name)  # nothing is locked yet, so a cast or a resize loses nothing
+            values, shape = self._values[name], parameter.shape
+        if parameter.shape != shape:
+            raise RuntimeError(
+                f"{name} has shape {tuple(parameter.shape)}, and its weights were locked in shape "
+                f"{tuple(shape)}: resize embeddings before the first update, or exclude them"
+            )
         if parameter.dtype != values.dtype:
             raise RuntimeError(
                 f"{name} is {parameter.dtype} but its weights were locked as {values.dtype}: "
@@ -208,8 +234,8 @@ class Locks:
         """Copies of parameter shapes and dtypes, packed masks, locked values, locks per task."""
         return {
             "parameters": {
-                name: {"shape": list(p.shape), "dtype": str(self._values[name].dtype)}
-                for name, p in self.parameters.items()
+                name: {"shape": list(shape), "dtype": str(self._values[name].dtype)}
+                for name, shape in self._shapes.items()
             },
             "bits": {name: packed.clone() for name, packed in self._bits.items()},
             "values": {name: values.clone() for name, values in self._values.items()},

@@ -85,7 +85,8 @@ class ExactRecall(KeptInFiles):
     """Many tasks on one model, each with a head and a small share of the weights of its own.
 
     The model as given is the base. While a task is open, its own weights and its head are all that
-    trains: nothing else gets a gradient or is in the optimizer.
+    trains: nothing else gets a gradient or is in the optimizer. Parameters that are frozen when it
+    is made are never a task's own.
 
     Under ``torchrun`` every rank makes one and calls ``begin`` and ``close`` with the others; a
     model is wrapped in ``DistributedDataParallel`` after ``begin``.
@@ -123,6 +124,7 @@ class ExactRecall(KeptInFiles):
         self._model = eligible.unwrap(model)
         check_alone(self._model)
         eligible.trainable_heads(self._model)  # or an error now
+        eligible.warn_of_head(self._model)
         own, fixed = eligible.recall_parameters(self._model, exclude)
         self._layout = Layout(own)
         self._budget = round(sparsity * self._layout.size)
@@ -189,6 +191,7 @@ class ExactRecall(KeptInFiles):
                 check_fitting(head_steps, head_learning_rate)
                 batches = self._batches(loader, n_batches, head_steps)
                 self._check()
+            self._warn_of_thawed()
             seed = self._begun if seed is None else seed
             ranks.check_equal({"name": name, "labels": labels, "seed": seed}, "tasks")
             ranks.check_equal(self._base.digests, "weights of the base")
@@ -599,6 +602,17 @@ class ExactRecall(KeptInFiles):
             heads.check_labels(labels)
         check_alone(self._model, self._exchange)
 
+    def _warn_of_thawed(self) -> None:
+        now, _ = eligible.recall_parameters(self._model, self.settings["exclude"])
+        thawed = [name for name in now if name not in self._layout.parameters]
+        if thawed:
+            logger.warning(
+                "%s%s was frozen when the ExactRecall was made, so no task owns weights of it: "
+                "make a new ExactRecall to train it",
+                ", ".join(thawed[:3]),
+                " ..." if thawed[3:] else "",
+            )
+
     def _batches(
         self, loader: Iterable[Mapping[str, Any]] | None, n_batches: int, head_steps: int
     ) -> list[Mapping[str, Any]]:
@@ -613,7 +627,7 @@ class ExactRecall(KeptInFiles):
             return heads.labelled(self._model, self._base_head, labels, seed=seed)
         # The modules stay in the model, for whoever holds them; another owner keeps a copy.
         for owner in (self._base_head, *(task.head for task in self._tasks.values())):
-            if owner.parts == present.parts:
+            if any(owner.parts[name] is part for name, part in present.parts.items()):
                 owner.parts = heads.copied(self._model, owner).parts
         return present
 

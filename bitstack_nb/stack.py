@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 class BitStack(KeptInFiles):
     """Locks the weights of a model that matter for its tasks, in one mask for all tasks.
 
+    A parameter is eligible from the first time that it is trainable: when the stack is made, or in
+    an ``update``. A layer thawed later joins at the next ``update``. A layer frozen later stays
+    eligible, and keeps its locks; no weight of it is locked while it is frozen.
+
     Under ``torchrun`` every rank makes a stack, and all ranks call ``update``, ``measure`` and
     ``lock`` together. Importance is summed over the ranks, so they lock the same weights.
 
@@ -73,6 +77,8 @@ class BitStack(KeptInFiles):
             "importance": importance,
         }
         self._model = eligible.unwrap(model)
+        if exclude is None:
+            eligible.warn_of_head(self._model)
         self._locks = Locks(eligible.eligible_parameters(self._model, self.settings["exclude"]))
         if not self._locks.eligible:
             raise ValueError(
@@ -130,6 +136,7 @@ class BitStack(KeptInFiles):
         It is float32 by parameter name, in the parameter's shape. Errors are those of ``update``.
         """
         self._guard.check_parameters_present()
+        self._locks.include(eligible.eligible_parameters(self._model, self.settings["exclude"]))
         with self._guard.lifted():
             return measure(
                 self._model,
@@ -178,7 +185,7 @@ class BitStack(KeptInFiles):
             A handle whose ``remove()`` undoes it for this optimizer alone.
 
         Raises:
-            ValueError: the optimizer holds none of the stack's parameters.
+            ValueError: the optimizer holds no parameter of the stack's model.
             TypeError: ``optimizer`` is no torch optimizer.
         """
         return self._guard.attach(optimizer)

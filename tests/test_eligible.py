@@ -83,8 +83,106 @@ class Eligibility(unittest.TestCase):
             with self.subTest(architecture):
                 model = tiny.ARCHITECTURES[architecture][0]()
                 self.assertEqual(head_parameters(model).keys(), heads)
+        for name in (
+            *("classifiers", "pre_classifier", "heads", "mlp_head", "task_scores", "Logits"),
+            *("out", "output_layer", "last", "last_linear", "final_layer", "fc", "cls"),
+        ):
+            with self.subTest(name), self.assertNoLogs("bitstack_nb", "WARNING"):
+                model = tiny.renamed(name)
+                self.assertEqual(head_parameters(model).keys(), {f"{name}.weight", f"{name}.bias"})
+                self.assertEqual(
+                    list(BitStack(model).masks), tiny.expected_eligible("plain", model)
+                )
         # The output layer of a language model is its embedding: the backbone's.
         self.assertEqual(head_parameters(tiny.gpt2(model_class="GPT2LMHeadModel")), {})
+
+    def test_heads_inside_wrappers(self):
+        for name, (build, _) in tiny.ARCHITECTURES.items():
+            model = build()
+            inside = [f"inner.{key}" for key in tiny.expected_eligible(name, model)]
+            for wrap in (
+                tiny.Wrapper,
+                lambda model: tiny.Wrapper(torch.compile(model, backend="eager")),
+                lambda model: nn.ModuleDict({"inner": model, "metric": nn.Identity()}),
+            ):
+                with self.subTest(name), self.assertNoLogs("bitstack_nb", "WARNING"):
+                    self.assertEqual(list(BitStack(wrap(model)).masks), inside)
+        whole = nn.ModuleDict({"classifier": tiny.Wrapper(tiny.bert())})
+        self.assertTrue(
+            all("bert.encoder" in name or "pooler" in name for name in BitStack(whole).masks)
+        )
+
+    def test_the_last_layer_where_no_name_tells(self):
+        mlp = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2), nn.Dropout())
+        late_norm = tiny.renamed("answers")
+        late_norm.norm = late_norm._modules.pop("norm")
+        for layer, model in {
+            "labeller": tiny.renamed("labeller"),
+            "first": tiny.renamed("first", first=True),
+            "answers": late_norm,
+            "2": mlp,
+            "inner.2": nn.ModuleDict({"inner": mlp}),
+            "decide.2": nn.ModuleDict({"encode": nn.Linear(4, 4), "decide": mlp}),
+            "1": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 2)]),
+        }.items():
+            with self.subTest(layer):
+                with self.assertLogs("bitstack_nb", "WARNING") as logs:
+                    masks = BitStack(model).masks
+                self.assertRegex(logs.output[0], f"last layer '{layer}'.*exclude=")
+                self.assertEqual(
+                    head_parameters(model).keys(), {f"{layer}.weight", f"{layer}.bias"}
+                )
+                self.assertFalse([name for name in masks if name.startswith(f"{layer}.")])
+                with self.assertNoLogs("bitstack_nb", "WARNING"):
+                    BitStack(model, exclude=[layer])
+
+    def test_no_head_is_said(self):
+        tied = tiny.plain()
+        del tied.classifier
+        for model in (tied, tiny.gpt2(model_class="GPT2Model"), tiny.bert().bert):
+            with self.assertLogs("bitstack_nb", "WARNING") as logs:
+                BitStack(model)
+            self.assertRegex(
+                logs.output[0], f"{type(model).__name__} seems to have no head.*exclude="
+            )
+
+    def test_blocks_with_norm_or_embed_in_their_names(self):
+        class NormFormer(tiny.Plain):
+            pass
+
+        class EmbedMixer(tiny.Block):
+            pass
+
+        def embedder():
+            model = nn.ModuleDict({"embedder": tiny.plain(), "classifier": nn.Linear(3, 2)})
+            model.embedder.norm = nn.Sequential(EmbedMixer(tiny.WIDTH))
+            return model
+
+        prelayernorm = tiny._classifier(
+            "RobertaPreLayerNormConfig",
+            "RobertaPreLayerNormForSequenceClassification",
+            0,
+            **tiny._ENCODER,
+        )
+        for model, starts in {
+            NormFormer(): ("blocks.",),
+            prelayernorm: ("roberta_prelayernorm.encoder.layer.",),
+            embedder(): ("embedder.blocks.", "embedder.norm.0.", "embedder.classifier."),
+        }.items():
+            expected = [name for name, _ in model.named_parameters() if name.startswith(starts)]
+            self.assertEqual(list(BitStack(model).masks), expected)
+
+    def test_embeddings_of_other_kinds(self):
+        class Patches(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.pos_embed = nn.Parameter(torch.ones(4))
+                self.words = nn.EmbeddingBag(4, 4)
+                self.embed_proj = nn.Linear(4, 4)
+                self.mix = nn.Linear(4, 4)
+                self.head = nn.Linear(4, 2)
+
+        self.assertEqual(list(BitStack(Patches()).masks), ["mix.weight", "mix.bias"])
 
 
 if __name__ == "__main__":

@@ -114,6 +114,18 @@ class WithTrainer(LockedCase):
         tiny.train(model, mine, tiny.batches(2, seed=3))
         self.assert_held(stack, model, before)
 
+    def test_the_head_alone_and_then_all_of_it(self):
+        model = tiny.bert()
+        stack = self.locked(model)
+        for frozen in (True, False):
+            before = tiny.snapshot(model)
+            model.bert.requires_grad_(not frozen)
+            self.trainer(model, [stack.callback()]).train()
+            moved = tiny.changed(model, before)
+            self.assertTrue(moved["classifier.weight"].any())
+            self.assertEqual(any(m.any() for n, m in moved.items() if "bert" in n), not frozen)
+        self.assert_held(stack, model, before)
+
     def test_the_end_of_training_tells_what_moved(self):
         class Meddle(TrainerCallback):
             def on_step_end(self, args, state, control, model=None, **kwargs):

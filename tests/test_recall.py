@@ -309,7 +309,13 @@ def _checkpointed(**settings):
 class Heads(RecallCase):
     def test_every_architecture(self):
         """A head of the right size with its label names, all of it the task's own."""
-        for name, (build, _) in tiny.ARCHITECTURES.items():
+        builders = {name: build for name, (build, _) in tiny.ARCHITECTURES.items()} | {
+            "in a wrapper": lambda: tiny.Wrapper(tiny.distilbert()),
+            "compiled in a wrapper": lambda: tiny.Wrapper(torch.compile(tiny.bert())),
+            "no usual name": lambda: tiny.renamed("classify"),
+            "deep, no usual name": self.sequential_head,
+        }
+        for name, build in builders.items():
             with self.subTest(name):
                 model = build()
                 present = tiny.snapshot(model)
@@ -329,10 +335,36 @@ class Heads(RecallCase):
                     exported = recall.export(task)
                     for each in (recall.switch(task), exported):
                         self.assertTrue(torch.equal(each(**_batch(2)).logits, logits[task]))
+                        each = getattr(each, "inner", each)
                         if hasattr(each, "config"):
                             self.assertEqual([*each.config.id2label.values()], labels[task])
                             self.assertEqual(each.num_labels, len(labels[task]))
                     self.assertTrue(all(p.requires_grad for p in exported.parameters()))
+
+    @staticmethod
+    def sequential_head():
+        model = tiny.plain()
+        model.classify, model.head = nn.Sequential(nn.Tanh(), model.classifier), "classify"
+        del model.classifier
+        return model
+
+    def test_tasks_share_no_part_of_a_head(self):
+        """The user replaces a part of the head for each task; the other part is each task's too."""
+        for build in (tiny.distilbert, tiny.modernbert):
+            model = build()
+            recall, answers = ExactRecall(model, 0.2), []
+            base = tiny.snapshot(model)
+            for task in range(3):
+                model.classifier = nn.Linear(16, 3)
+                recall.begin(str(task))
+                tiny.train(model, ADAMW(recall.parameters()), BATCHES)
+                recall.close()
+                answers.append(model.eval()(**BATCHES[0]).logits)
+            for task, answer in enumerate(answers):
+                with recall.using(str(task)):
+                    self.assertTrue(torch.equal(model(**BATCHES[0]).logits, answer))
+                    self.assertEqual(recall.verify(), 0)
+            self.assert_bits(recall.switch(None), base)
 
     def test_the_head_in_the_model_stays_the_same_object(self):
         model, recall = self.trained(tiny.bert(), tasks=1)
@@ -543,10 +575,13 @@ class Order(RecallCase):
         with self.assertRaisesRegex(RuntimeError, "another ExactRecall"):
             recall.switch("0")
 
-    def test_a_cast_or_a_replaced_module(self):
+    def test_a_cast_a_resize_or_a_replaced_module(self):
         for change, pattern in {
             lambda model: model.to(torch.bfloat16): "bfloat16 but was torch.float32",
             lambda model: setattr(model, "embed", nn.Embedding(40, 16)): r"embed\.weight",
+            lambda model: setattr(model.embed.weight, "data", torch.ones(45, 16)): (
+                r"embed\.weight has shape \(45, 16\) but had \(40, 16\).*resize the base"
+            ),
         }.items():
             model, recall = self.trained(tasks=1)
             change(model)
@@ -563,15 +598,28 @@ class Order(RecallCase):
         self.after = after
         self.assert_recalls(model, recall)
 
-    def test_no_head(self):
-        class Headless(tiny.Plain):
-            def __init__(self):
-                super().__init__()
-                self.out = self.classifier
-                del self.classifier
+    def test_layers_thawed_later_are_named(self):
+        model = tiny.plain()
+        model.blocks[0].requires_grad_(False)
+        recall = ExactRecall(model, 0.2)
+        with self.assertNoLogs("bitstack_nb", "WARNING"):
+            recall.begin("frozen")
+            recall.close()
+        model.blocks[0].requires_grad_(True)
+        with self.assertLogs("bitstack_nb", "WARNING") as logs:
+            recall.begin("thawed")
+        self.assertRegex(logs.output[0], r"blocks\.0\.mix.*was frozen.*make a new ExactRecall")
 
-        with self.assertRaisesRegex(ValueError, "Headless has no trainable head.*classifier"):
-            ExactRecall(Headless())
+    def test_no_head(self):
+        headless, frozen = tiny.plain(), tiny.plain()
+        del headless.classifier
+        frozen.classifier.requires_grad_(False)
+        for model, why in {
+            headless: "none is found",
+            frozen: r"classifier\.bias is frozen",
+        }.items():
+            with self.assertRaisesRegex(ValueError, f"Plain has no trainable head .*{why}"):
+                ExactRecall(model)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,39 @@ class Numbers(Case):
         for column in ("layer", "module", "eligible", "locked"):
             self.assertEqual(list(curves[column]), list(table[column]))
 
+    def test_layers_thawed_or_frozen_later(self):
+        """A thawed layer joins at the next update; a frozen one keeps its locks and gets none."""
+        for budget in ("union", "fresh"):
+            model = tiny.plain()
+            model.blocks[0].requires_grad_(False)
+            stack = BitStack(model, 0.3, budget=budget)
+            few = stack.update(tiny.batches(2, seed=0))
+            self.assertFalse(any("blocks.0" in name for name in stack.masks))
+            model.blocks[0].requires_grad_(True)
+            model.blocks[1].requires_grad_(False)
+            locked = dict(stack.masks)
+            all_of_it = stack.update(tiny.batches(2, seed=1))
+            self.assertEqual(all_of_it["eligible"], 2 * few["eligible"])
+            self.assertEqual(set(stack.masks), set(BitStack(tiny.plain()).masks))
+            for name, mask in stack.masks.items():
+                if name in locked:
+                    self.assertTrue(torch.equal(mask, locked[name]), name)
+            self.assertTrue(stack.masks["blocks.0.up.weight"].any())
+            optimizer, before = ADAMW(model.parameters()), tiny.snapshot(model)
+            stack.attach(optimizer)
+            tiny.train(model, optimizer, tiny.batches(2, seed=2))
+            moved = tiny.changed(model, before)["blocks.0.up.weight"]
+            self.assertFalse(moved[stack.masks["blocks.0.up.weight"]].any())
+            rows = stack.layer_table().query("layer == 0")
+            self.assertEqual(set(rows["task"]), {1, 2})
+            self.assertFalse(rows.query("task == 1")["selected"].any())
+            model.requires_grad_(True)
+            twin = tiny.plain()
+            twin.load_state_dict(model.state_dict())
+            again = BitStack(twin)
+            again.load_state_dict(stack.state_dict())
+            self.assert_same_masks(again.masks, {n: stack.masks[n] for n in again.masks})
+
     def test_budgets_on_the_same_data(self):
         for budget, growth in (("union", 1), ("fresh", 2)):
             stack = BitStack(tiny.plain(), 0.1, budget=budget)

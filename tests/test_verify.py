@@ -96,6 +96,27 @@ class Verify(LockedCase):
                     with self.assertRaisesRegex(RuntimeError, r"blocks\.0.*load it"):
                         call()
 
+    def test_embeddings_resized_after_locking(self):
+        """Any use of the stack names both shapes in a line; before locking it is no fault."""
+        batches = [{**b, "input_ids": b["input_ids"] % 30} for b in tiny.batches(2, seed=0)]
+        for rows in (32, 45):
+            model = tiny.plain()
+            stack = BitStack(model, 0.3, exclude=["classifier"])
+            model.embed.weight.data = torch.ones(36, 16)
+            stack.update(batches)
+            optimizer = ADAMW(model.parameters())
+            stack.attach(optimizer)
+            model.embed.weight.data = torch.ones(rows, 16)
+            for call in (
+                stack.verify,
+                stack.restore,
+                partial(tiny.train, model, optimizer, batches),
+                partial(stack.update, batches),
+            ):
+                shapes = rf"^embed\.weight has shape \({rows}, 16\).*\(36, 16\): resize"
+                with self.assertRaisesRegex(RuntimeError, shapes):
+                    call()
+
     def test_before_any_update(self):
         """There is nothing to restore, and a cast loses nothing yet."""
         model = tiny.plain()
@@ -153,9 +174,8 @@ class Attaching(LockedCase):
 
     def test_an_optimizer_of_something_else(self):
         model, _, stack = self.locked_model()
-        for parameters in (tiny.plain().parameters(), model.classifier.parameters()):
-            with self.assertRaises(ValueError):
-                stack.attach(SGD(parameters, lr=0.1))
+        with self.assertRaisesRegex(ValueError, "no parameter of the stack's model"):
+            stack.attach(SGD(tiny.plain().parameters(), lr=0.1))
         for wrong in (None, model, "adamw"):
             with self.assertRaises(TypeError):
                 stack.attach(wrong)
@@ -166,6 +186,18 @@ class Attaching(LockedCase):
         stack.attach(optimizer)
         before = tiny.snapshot(model)
         tiny.train(model, optimizer, tiny.batches(2, seed=1))
+        self.assert_held(stack, model, before, moving=0.2)
+
+    def test_an_optimizer_of_the_head_alone(self):
+        model, _, stack = self.locked_model()
+        before = tiny.snapshot(model)
+        optimizer = ADAMW(model.classifier.parameters())
+        stack.attach(optimizer)
+        tiny.train(model, optimizer, tiny.batches(2, seed=1))
+        moved = [name for name, changed in tiny.changed(model, before).items() if changed.any()]
+        self.assertEqual(moved, ["classifier.weight", "classifier.bias"])
+        optimizer.add_param_group({"params": model.blocks[0].parameters()})
+        tiny.train(model, optimizer, tiny.batches(2, seed=2))
         self.assert_held(stack, model, before, moving=0.2)
 
     def test_a_swapped_head_trains_freely(self):

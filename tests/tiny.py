@@ -40,6 +40,8 @@ class Block(nn.Module):
 class Plain(nn.Module):
     """A classifier without transformers: embed, blocks, norm, classifier; returns `.loss`."""
 
+    head = "classifier"
+
     def __init__(self, *, width: int = WIDTH, depth: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, width)
@@ -59,10 +61,22 @@ class Plain(nn.Module):
             hidden = block(hidden)
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
         pooled = (self.norm(hidden) * weights).sum(1) / weights.sum(1)
-        logits = self.classifier(pooled)
+        logits = getattr(self, self.head)(pooled)
         return SimpleNamespace(
             loss=nn.functional.cross_entropy(logits.float(), labels) * loss_scale, logits=logits
         )
+
+
+class Wrapper(nn.Module):
+    """A model in a module that trains it, as LightningModules are."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss(weight=torch.ones(CLASSES))  # a buffer, no parameter
+        self.inner = inner
+
+    def forward(self, **batch: Tensor):
+        return self.inner(**batch)
 
 
 class Body(nn.Module):
@@ -86,6 +100,14 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 def plain(seed: int = 0, *, width: int = WIDTH, depth: int = 2) -> Plain:
     return seeded(lambda: Plain(width=width, depth=depth), seed)
+
+
+def renamed(head: str, *, first: bool = False) -> Plain:
+    """The plain model with another name for its head; `first` registers it before the rest."""
+    model = plain()
+    layer, model.head = model._modules.pop("classifier"), head
+    model._modules = {head: layer} | model._modules if first else model._modules | {head: layer}
+    return model
 
 
 def _classifier(config_class: str, model_class: str, seed: int, **config) -> nn.Module:

@@ -307,14 +307,21 @@ def _check_batch(batch: Mapping[str, Any]) -> None:
             f"a batch is a {type(batch).__name__}, expected a mapping such as "
             "{'input_ids': ..., 'labels': ...}: give the loader a collate function that makes one"
         )
-    labels = batch.get("labels", batch.get("label"))
-    if isinstance(labels, Number | str) or (isinstance(labels, torch.Tensor) and not labels.dim()):
+    if _is_row(batch):
         raise TypeError(
             "the loader gives single rows, expected batches: give trainer.get_train_dataloader(), "
             "or a DataLoader of the dataset with the collate function of training"
         )
     if "labels" not in batch:
         raise ValueError(f"a batch has no 'labels', only {sorted(batch)}: rename the label column")
+
+
+def _is_row(batch: Mapping[str, Any]) -> bool:
+    """Whether this is plainly one row of a tokenized dataset, as lists or tensors."""
+    labels, ids = batch.get("labels", batch.get("label")), batch.get("input_ids")
+    if isinstance(labels, torch.Tensor) and isinstance(ids, torch.Tensor):
+        return (labels.dim(), ids.dim()) == (0, 1)
+    return isinstance(labels, Number | str)
 
 
 def with_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -8,8 +8,9 @@ import pytest
 
 from bitstack_nb import Protocol, load_results
 from bitstack_nb.figures import summary
-from bitstack_nb.results import format_table
+from bitstack_nb.results import contrasts, format_table
 from bitstack_nb.results.packed import RUNS
+from bitstack_nb.results.significance import holm
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 HERE = Path(__file__).parent
@@ -70,6 +71,31 @@ def test_the_page_shows_the_comparison_and_counts_the_runs_as_recorded(recorded)
         name = f"`{folder.relative_to(RESULTS)}`"
         (row,) = [row for row in rows if row and name in row[0].split(", ")]
         assert int(row[2].split(", ")[row[0].split(", ").index(name)]) == len(results)
+
+
+def test_the_page_says_which_contrasts_stand_after_holm(recorded):
+    evidence, twenty = recorded[RESULTS / "evidence"], recorded[RESULTS / "twenty" / "all-tests"]
+    one, five = (
+        {"strategy": "recall", "sparsity": share, "importance": "random"} for share in (0.01, 0.05)
+    )
+    compared = ("replay", "lora", one, five, "finetune", "bitstack")
+    separate = {str(at): (method, "single") for at, method in enumerate(compared)}
+    plain, mask = {"a": ("bitstack", "finetune")}, {"b": ("bitstack", "random-mask")}
+    tables = [
+        contrasts(evidence, separate | plain | mask, margin=1.5),
+        contrasts(evidence, plain | mask, column="forgetting"),
+        contrasts(evidence, plain | mask, column="learning_accuracy"),
+        contrasts(twenty, {"twenty": ("recall", "single")}),
+    ]
+    p = holm(value for table in tables for value in table["p"])
+    assert len(p) == 13 and sum(value < 0.05 for value in p) == 4
+    page = " ".join((RESULTS / "README.md").read_text().split())
+    assert f"Fine-tuning ({p[4]:.4f}) and BitStack ({p[5]:.3f}) end below" in page
+    assert f"forgets more ({p[8]:.3f}) and learns more ({p[10]:.3f}) than fine-tuning" in page
+    same = holm(tables[0]["p_equivalence"][:4])
+    assert f"with 1 % own weights ({same[2]:.3f})" in page and same[2] < 0.05
+    assert f"for replay ({same[0]:.3f} each) and for LoRA ({same[1]:.2f})" in page
+    assert f"{same[3]:.3f}" == f"{same[0]:.3f}"
 
 
 def test_published_numbers_name_their_source():

@@ -35,6 +35,7 @@ _DRAWN = (
     "earlier/plain-heads earlier/same-rate earlier/more-texts"
 )
 RECORDED = tuple(Path("results", name) for name in _DRAWN.split())
+EXPLORED = (Path("results", "ablation"), Path("results", "evidence"))
 RECORDED_COSTS = Path("results", "cost")  # a file per device
 SYNTHETIC = (
     "Data: embedded, synthetic. These numbers show that the program works, not how well the method "
@@ -119,6 +120,9 @@ def _figures(options: argparse.Namespace) -> None:
     from bitstack_nb.cost.plots import write_cost_figures
     from bitstack_nb.cost.report import CostReport
 
+    if options.explorer:
+        _write_explorer(options.results or EXPLORED, options.output)
+        return
     if options.results:
         _draw(options.results, options.output)
         return
@@ -137,6 +141,24 @@ def _draw(results: Sequence[Path], output: Path) -> None:
     print(*files, sep="\n")
     for name, why in left_out.items():
         print(f"no {name}: {why}")
+
+
+def _write_explorer(results: Sequence[Path], output: Path) -> None:
+    """Write the explorer of the run with importance whose settings are nearest the defaults."""
+    from bitstack_nb.files import replacing
+    from bitstack_nb.notebook import explore
+    from bitstack_nb.results.result import load_results
+
+    runs = load_results(*results)
+    recorded = [run for run in runs if run.importance]
+    if not recorded:
+        raise ValueError("no result has recorded importance: give runs of bitstack")
+    given = [(run.protocol["sparsity"], run.protocol["budget"]) for run in recorded]
+    away = [(abs(share - Protocol.sparsity), budget != Protocol.budget) for share, budget in given]
+    nearest = recorded[away.index(min(away))]
+    with replacing(output / "explorer.html") as temporary:
+        temporary.write_text(explore(nearest, results=runs).to_html(), "utf-8")
+    print(output / "explorer.html")
 
 
 def _cost(options: argparse.Namespace) -> None:
@@ -297,6 +319,8 @@ def _add_figures(commands: argparse._SubParsersAction) -> None:
         f"{', '.join(map(str, RECORDED))}, and the costs in {RECORDED_COSTS}, to its own folder"
     )
     parser.add_argument("results", nargs="*", type=_path, metavar="RESULTS", help=recorded)
+    page = f"write only explorer.html, a page with a slider; of {', '.join(map(str, EXPLORED))}"
+    parser.add_argument("--explorer", action="store_true", help=f"{page} if no RESULTS are given")
 
 
 def _add_cost(commands: argparse._SubParsersAction) -> None:

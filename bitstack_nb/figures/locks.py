@@ -65,7 +65,7 @@ def ablation(results: Iterable[Result]) -> Figure:
     takes one bit per eligible weight and 4 bytes per locked one. Raises ResultError without a line.
     """
     runs = frame(results)
-    lines = {label: line for label, line in _lines(runs).items() if len(line.points) > 2}
+    lines = {k: line for k, line in sparsity_lines(runs).items() if len(line.points) > 2}
     if not lines:
         raise ResultError(
             "no configuration has three sparsities: give runs of a strategy that locks (bitstack) "
@@ -87,20 +87,29 @@ def ablation(results: Iterable[Result]) -> Figure:
     return figure
 
 
-class _Line(NamedTuple):
+class SparsityLine(NamedTuple):
+    """Configurations that differ in nothing but their sparsity."""
+
     look: dict[str, str]
     points: pd.DataFrame  # by sparsity: means of _ABLATION, their intervals
     seeds: pd.Series  # by sparsity
+    runs: pd.DataFrame  # of ``results.frame``
 
 
-def _lines(runs: pd.DataFrame) -> dict[str, _Line]:
-    """The lines by their label: configurations that differ in nothing but their sparsity."""
+def sparsity_lines(runs: pd.DataFrame, *, ignoring: Iterable[str] = ()) -> dict[str, SparsityLine]:
+    """The lines by their label.
+
+    Args:
+        runs: as of ``results.frame``.
+        ignoring: settings that may differ too, as a learning rate chosen for each sparsity.
+    """
     groups = [g for g in grouped(runs) if g.settings["sparsity"] is not None]
-    others = [{k: v for k, v in g.settings.items() if k != "sparsity"} for g in groups]
+    left_out = {"sparsity", *ignoring}
+    others = [{k: v for k, v in g.settings.items() if k not in left_out} for g in groups]
     members: dict[str, list[Group]] = {}
     for group, label in zip(groups, labels(others), strict=True):
         members.setdefault(label, []).append(group)
-    lines: dict[str, _Line] = {}
+    lines: dict[str, SparsityLine] = {}
     for label, own in members.items():
         drawn = pd.concat(group.runs for group in own)
         # Exact recall without own weights would be a head on the base, and not fine-tuning.
@@ -116,7 +125,8 @@ def _lines(runs: pd.DataFrame) -> dict[str, _Line]:
         look = {"linestyle": _DASHES[at % len(_DASHES)], "marker": MARKERS[at % len(MARKERS)]}
         points = averages(drawn, _ABLATION)
         seeds = drawn.groupby("sparsity").size()
-        lines[label] = _Line(look | {"color": own[0].colour}, points, seeds)
+        look["color"] = own[0].colour
+        lines[label] = SparsityLine(look, points, seeds, drawn)
     return lines
 
 
@@ -127,7 +137,7 @@ def _fine_tuned(runs: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["result"].map(id).isin(partners.map(id))]
 
 
-def _draw_line(ax: Axes, label: str, line: _Line, column: str) -> None:
+def _draw_line(ax: Axes, label: str, line: SparsityLine, column: str) -> None:
     points = line.points[[column, f"{column}_interval"]].dropna(subset=column)
     means, halves = points[column], points[f"{column}_interval"].fillna(0)
     ax.plot(means.index, means, label=counted(label, line.seeds), markersize=5, **line.look)

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from bitstack_nb.benchmark.curves import CurveRecorder, LockCurves
-from bitstack_nb.figures.locks import shares
+from bitstack_nb.figures.locks import OUTSIDE, short_names
 from bitstack_nb.figures.methods import task_names
-from bitstack_nb.figures.style import BYTES
 from bitstack_nb.results.result import Result
+from bitstack_nb.settings import BUDGETS
 from bitstack_nb.stack import BitStack
-
-TOGETHER = 0  # all tasks together; a task is chosen by its number, counting from 1
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,7 @@ class LockView:
         total: parameters of the model, eligible or not.
         source: the origin of the importance, in a few words.
         sparsity, budget: of the run or the stack.
+        live: whether it shows the next task of a stack.
     """
 
     curves: LockCurves
@@ -38,6 +36,7 @@ class LockView:
     source: str
     sparsity: float = 0.12
     budget: str = "union"
+    live: bool = False
 
     @classmethod
     def of_result(cls, result: Result) -> LockView:
@@ -68,29 +67,8 @@ class LockView:
         stats = stack.stats()
         source = f"a live stack, {stats['frozen_pct']:.1f} % of the eligible weights locked so far"
         settings = stack.settings["sparsity"], stack.settings["budget"]
-        return cls(recorder.curves(), ("the next task",), stats["total"], source, *settings)
-
-    @property
-    def eligible(self) -> int:
-        """The weights that may be locked."""
-        return sum(cell[2] for cell in self.curves.cells)
-
-    def name(self, task: int) -> str:
-        """The choice in words."""
-        if task != TOGETHER:
-            return self.tasks[task - 1]
-        if len(self.tasks) > 1:
-            return f"all {len(self.tasks)} tasks together"
-        return "all that is locked then"
-
-    def shares(self, sparsity: float, *, budget: str, task: int) -> pd.DataFrame:
-        """Layer by module, the share of the eligible weights that the task chooses, in %.
-
-        For ``TOGETHER`` the share that is locked after the last task.
-        """
-        table = self.curves.layer_table(sparsity, budget)
-        own = table[table["task"] == (task or len(self.tasks))]
-        return shares(own, "locked" if task == TOGETHER else "selected")
+        curves = recorder.curves()
+        return cls(curves, ("the next task",), stats["total"], source, *settings, live=True)
 
     def numbers(self, sparsity: float, *, budget: str) -> pd.DataFrame:
         """Weights over the whole model, a row per task: ``selected``, ``added``, ``locked``."""
@@ -98,57 +76,61 @@ class LockView:
         frame = pd.DataFrame({name: count.sum(axis=1) for name, count in counts.items()})
         return frame.set_axis(pd.RangeIndex(1, len(frame) + 1, name="task"))
 
-    def facts(self, sparsity: float, *, budget: str, task: int) -> dict[str, str]:
-        """The numbers of a choice in sentences, by what they are about."""
-        numbers, eligible = self.numbers(sparsity, budget=budget), self.eligible
-        locked = numbers["locked"].iloc[-1]
-        shown = locked if task == TOGETHER else numbers["selected"][task]
+    def to_record(self) -> dict[str, Any]:
+        """All that the explorer's page shows of it, JSON-able.
+
+        ``cells`` are layers and modules, each with its place among the ``rows`` and ``columns`` of
+        the heatmap. ``curves`` are those of the record of ``LockCurves``, by task and cell. By
+        level of sparsity: ``sums``, the columns of ``numbers`` for each budget; ``overlap`` of the
+        tasks' choices in %; and ``file``, the bytes of one task's own weights.
+        """
+        levels = self.curves.sparsities
+        modules = [module for layer, module, _ in self.curves.cells if layer is not None]
+        modules = list(dict.fromkeys([*modules, *(cell[1] for cell in self.curves.cells)]))
+        layers = sorted({layer for layer, *_ in self.curves.cells if layer is not None})
+        outside = any(layer is None for layer, *_ in self.curves.cells)
+        cells = [
+            {"row": len(layers) if layer is None else layers.index(layer)}
+            | {"column": modules.index(module), "layer": layer}
+            | {"module": module, "eligible": size}
+            for layer, module, size in self.curves.cells
+        ]
+        eligible = sum(cell["eligible"] for cell in cells)
+        rows = self.curves.to_record()["cells"]
+        by_task = [rows[at : at + len(cells)] for at in range(0, len(rows), len(cells))]
         return {
-            "shown": f"{self.name(task)} at sparsity {100 * sparsity:.0f} %, budget {budget}",
-            "locked" if task == TOGETHER else "chosen": (
-                f"{_percent(shown, eligible)} of the eligible weights, "
-                f"{_percent(shown, self.total)} of all parameters"
-            ),
-            "capacity": (
-                f"{_percent(locked, eligible)} used, {_percent(eligible - locked, eligible)} left "
-                f"({eligible - locked:,} of {eligible:,} eligible weights)"
-            ),
-            "storage": (
-                f"a mask {BYTES(eligible / 8)} (1 bit per eligible weight), the locked values "
-                f"{BYTES(4 * locked)}; a copy of all weights {BYTES(4 * self.total)}"
-            ),
+            "source": self.source,
+            "tasks": self.tasks,
+            "total": self.total,
+            "live": self.live,
+            "start": {"level": self.level, "mode": self.budget},
+            "rows": [*map(str, layers), *([OUTSIDE] if outside else [])],
+            "columns": list(short_names(modules).values()),
+            "cells": cells,
+            "sparsities": levels,
+            "eligible": eligible,
+            "curves": {
+                name: [[row[name] for row in own] for own in by_task]
+                for name in ("selected", *BUDGETS)
+            },
+            "overlap": [(100 * self.curves.overlap(s)).round(2).tolist() for s in levels],
+            "sums": {
+                budget: [self.numbers(s, budget=budget).T.to_numpy().tolist() for s in levels]
+                for budget in BUDGETS
+            },
+            "file": [own_bytes(round(s * eligible), eligible) for s in levels],
         }
 
-    def by_task(self, sparsity: float, *, budget: str, task: int) -> pd.DataFrame:
-        """A row of text per task: % of the eligible weights chosen, new, locked and left; overlap.
-
-        The shown task is marked. A row "before" is what was locked before the first task.
-        """
-        numbers = self.numbers(sparsity, budget=budget)
-        before = numbers["locked"].iloc[0] - numbers["added"].iloc[0]
-        counts = numbers.assign(left=self.eligible - numbers["locked"])
-        text = counts.map(lambda count: _percent(count, self.eligible))
-        text.columns = ["chosen", "new", "locked", "left"]
-        text.index = [f"{'▸ ' * (at == task)}{self.tasks[at - 1]}" for at in numbers.index]
-        if len(self.tasks) > 1:
-            others = "the others (mean)" if task == TOGETHER else self.tasks[task - 1]
-            text[f"overlap with {others}"] = self._overlaps(sparsity, task)
-        if before:
-            left = _percent(self.eligible - before, self.eligible)
-            first = {"locked": _percent(before, self.eligible), "left": left}
-            text = pd.concat([pd.DataFrame([first], index=["before"]), text])[text.columns]
-        return text.rename_axis("% of eligible", axis=1)
-
-    def _overlaps(self, sparsity: float, task: int) -> list[str]:
-        """Jaccard index of each task's choice with the shown task's, or its mean over others."""
-        overlap = self.curves.overlap(sparsity)
-        if task == TOGETHER:
-            means = (overlap.sum(axis=1) - np.diagonal(overlap)) / (len(overlap) - 1)
-            return [f"{100 * mean:.0f} %" for mean in means]
-        own = [f"{100 * share:.0f} %" for share in overlap[task - 1]]
-        own[task - 1] = "–"
-        return own
+    @property
+    def level(self) -> int:
+        """The level of the curves nearest ``sparsity``."""
+        levels = self.curves.sparsities
+        return min(range(len(levels)), key=lambda at: abs(levels[at] - self.sparsity))
 
 
-def _percent(count: float, of: int) -> str:
-    return f"{100 * count / of:.1f} %"
+def own_bytes(count: int, eligible: int) -> int:
+    """Bytes that float32 own weights take in a file of exact recall.
+
+    Their positions are two bytes each, or one bit for each eligible weight where that is less.
+    """
+    return 4 * count + min(2 * count, -(-eligible // 8))

@@ -1,7 +1,8 @@
-"""The explorer: its picture and numbers, and the run that its button starts. No page is needed."""
+"""The explorer: the numbers of its page, and the runs that its panel starts, without a browser."""
 
-import io
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,116 +14,100 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from matplotlib import pyplot
-from PIL import Image
+from toy_figures import FINETUNE, FRESH, SWEEP, runs
 
-from bitstack_nb import BitStack, Result, load_results, run
+from bitstack_nb import BitStack, ExactRecall, load_results, run
 from bitstack_nb.benchmark.protocol import PRESETS
-from bitstack_nb.figures.style import Figure
-from bitstack_nb.notebook import explorer as module
-from bitstack_nb.notebook.explorer import LockPicture, explore
-from bitstack_nb.notebook.lock_view import TOGETHER, LockView
+from bitstack_nb.cli import main
+from bitstack_nb.notebook import explore, panel
+from bitstack_nb.notebook.explorer import Explorer
+from bitstack_nb.notebook.lock_view import LockView, own_bytes
+from bitstack_nb.notebook.measured import measured
 from bitstack_nb.notebook.retrain import stop_running
+from bitstack_nb.results.metrics import mean_interval
 
+ROOT = Path(__file__).resolve().parents[2]
 LOADERS = [tiny.batches(2, seed=seed) for seed in range(3)]
-TASKS = ("reviews", "news", "<b>")
+TASKS = ("reviews", "news", "</script>")
 SMALL = replace(
     PRESETS["smoke"], tasks=("imdb", "ag_news"), train_size=96, test_size=28, max_length=16
 )
 
 
-def view_of(stack: BitStack) -> LockView:
+@pytest.fixture(scope="module")
+def view():
+    stack = BitStack(tiny.gpt2(), 0.12)
     curves = tiny.record_curves(stack, LOADERS).curves()
     return LockView(curves, TASKS, stack.stats()["total"], "tiny", 0.12, "union")
 
 
-@pytest.fixture(scope="module")
-def view():
-    return view_of(BitStack(tiny.gpt2(), 0.12))
+def data_of(explorer: Explorer) -> dict:
+    """The numbers that the page holds."""
+    found = re.findall(r'id="data">(.*?)</script>', explorer.to_html(), re.S)
+    assert len(found) == 1  # a task's name cannot end the script
+    return json.loads(found[0])
 
 
-@pytest.fixture
-def explorer(view):
-    return explore(view)
-
-
-def pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
-
-
-# Picture and numbers ----------------------------------------------------------------------------
+# Numbers ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", ["union", "fresh"])
-@pytest.mark.parametrize("sparsity", [0, 0.12, 0.4])
-def test_numbers_and_shares_are_those_of_a_stack_at_that_sparsity(view, sparsity, budget):
-    stack = BitStack(tiny.gpt2(), sparsity, budget=budget)
+@pytest.mark.parametrize("level", [0, 12, 40])
+def test_the_page_holds_the_numbers_of_a_stack_at_each_sparsity(view, level, budget):
+    stack = BitStack(tiny.gpt2(), level / 100, budget=budget)
     for loader in LOADERS:
         stack.update(loader)
-    table, numbers = stack.layer_table(), view.numbers(sparsity, budget=budget)
+    data, table, stats = data_of(explore(view)), stack.layer_table(), stack.stats()
     sums = table.groupby("task")[["selected", "added", "locked"]].sum()
-    assert numbers[sums.columns].to_numpy().tolist() == sums.to_numpy().tolist()
-    stats = stack.stats()
-    assert (view.eligible, view.total) == (stats["eligible"], stats["total"])
-    for number in (TOGETHER, 1, 2, 3):
-        own = table[table["task"] == (number or 3)].set_index(["layer", "module"])
-        expected = 100 * own["locked" if number == TOGETHER else "selected"] / own["eligible"]
-        shares = view.shares(sparsity, budget=budget, task=number)
-        assert shares.to_numpy().ravel() == pytest.approx(expected.to_numpy())
+    assert data["sums"][budget][level] == sums.T.to_numpy().tolist()
+    assert (data["eligible"], data["total"]) == (stats["eligible"], stats["total"])
+    assert data["tasks"] == list(TASKS)
+    for task, curves in enumerate(data["curves"][budget], start=1):
+        own = table[table["task"] == task].fillna({"layer": -1})
+        expected = own.set_index(["layer", "module"])["lock_fraction"].to_dict()
+        shown = {
+            (-1 if cell["layer"] is None else cell["layer"], cell["module"]): sum(
+                map(int, steps.split()[: level + 1])
+            )
+            / 1000
+            for cell, steps in zip(data["cells"], curves, strict=True)
+        }
+        assert shown == pytest.approx(expected, abs=6e-4)
 
 
-def test_the_slider_redraws_picture_and_numbers(explorer, view):
-    assert explorer.sparsity.value == 0.12
-    before = explorer.image.value, explorer.numbers.value
-    explorer.sparsity.value = 0.4
-    assert explorer.image.value != before[0]
-    locked = 100 * view.numbers(0.4, budget="union")["locked"].iloc[-1]
-    assert f"{locked / view.eligible:.1f} % of the eligible weights" in explorer.numbers.value
-    assert f"{locked / view.total:.1f} % of all" in explorer.numbers.value
-    explorer.sparsity.value = 0.12
-    assert (explorer.image.value, explorer.numbers.value) == before
-    for step in range(51):
-        explorer.sparsity.value = 0.01 * step  # with the rounding errors of a page's arithmetic
+def test_a_tasks_own_weights_take_the_bytes_that_exact_recall_counts():
+    for sparsity in (0.01, 0.2):
+        tasks = ExactRecall(tiny.gpt2(), sparsity)
+        tasks.begin("one")
+        tasks.close()
+        stats = tasks.stats()
+        expected = own_bytes(stats["locked"], stats["eligible"])
+        assert tasks.own_bytes() == pytest.approx(expected, abs=1)
 
 
-def test_every_task_and_budget_has_a_picture_of_its_own(explorer):
-    seen = set()
-    for budget in explorer.budget.options:
-        for _, task in explorer.task.options:
-            explorer.budget.value, explorer.task.value = budget, task
-            seen.add(explorer.image.value)
-    assert len(seen) == 2 * (len(TASKS) + 1)
-    assert pyplot.get_fignums() == []
+def test_the_curves_are_means_of_the_runs_from_fine_tuning_on():
+    by_mode = {line["mode"]: line for line in measured(SWEEP)["lock"]["lines"]}
+    assert [point["sparsity"] for point in by_mode["fresh"]["points"]] == [0, 0.05, 0.4]
+    for point, own in zip(by_mode["fresh"]["points"], (FINETUNE, *FRESH.values()), strict=True):
+        for name, metric in (("accuracy", "average_accuracy"), ("forgetting", "forgetting")):
+            expected = mean_interval([result.metrics[metric] for result in own])
+            assert (point[name], point[f"{name}_half"]) == pytest.approx(expected, abs=1e-3)
+    assert measured([]) == {} and measured(FINETUNE) == {}
 
 
-def test_numbers_are_text_in_the_colours_of_the_page(explorer):
-    assert "&lt;b&gt;" in explorer.numbers.value and "<b>" not in explorer.numbers.value
-    assert "reviews" in explorer.numbers.value
-    assert not any(word in explorer.numbers.value for word in ("color", "background"))
-
-
-def test_a_picture_shows_each_share_in_its_place_and_nothing_of_the_one_before(view):
-    shares = view.shares(0, budget="union", task=TOGETHER)
-    picture = LockPicture(shares)
-    light = pixels(picture.png(shares, title="")).sum(2)
-    places = []
-    for cell in np.ndindex(shares.shape):
-        shown = shares.copy()
-        shown.iloc[cell] = 100
-        png = picture.png(shown, title="")
-        places.append(np.argwhere(pixels(png).sum(2) < light - 300).mean(0))
-    assert png == LockPicture(shares).png(shown, title="")
-    rows, columns = (np.reshape(of, shares.shape) for of in zip(*places, strict=True))
-    assert (np.diff(rows, axis=0) > 10).all() and (np.ptp(rows, axis=1) < 5).all()
-    assert (np.diff(columns, axis=1) > 10).all() and (np.ptp(columns, axis=0) < 5).all()
-
-
-def test_a_redraw_draws_cells_and_never_the_whole_figure(explorer, monkeypatch):
-    """Measured, that takes a third of the time: 35 instead of 100 ms for 12 layers."""
-    before, drawn = explorer.image.value, []
-    monkeypatch.setattr(Figure, "draw", lambda figure, renderer: drawn.append(figure))
-    explorer.sparsity.value = 0.4
-    assert explorer.image.value != before and not drawn
+def test_exact_recall_is_drawn_over_its_rates_beside_separate_models():
+    rates = {0.01: 8e-3, 0.05: 2e-3, 0.2: 1e-3}
+    recall = [
+        result
+        for sparsity, rate in rates.items()
+        for result in runs("recall", sparsity=sparsity, learning_rate=rate, importance="random")
+    ]
+    single = runs("single", learning_rate=3e-5)
+    family = measured([*recall, *single])["recall"]
+    (line,) = family["lines"]
+    assert [point["sparsity"] for point in line["points"]] == list(rates)
+    expected = np.mean([result.metrics["average_accuracy"] for result in single])
+    assert family["reference"]["accuracy"] == pytest.approx(expected, abs=1e-3)
 
 
 # A recorded run, and a live stack ---------------------------------------------------------------
@@ -135,14 +120,26 @@ def recorded(tmp_path_factory):
 
 
 def test_a_recorded_run_opens_at_what_it_locked(recorded):
-    explorer = explore(recorded)
-    assert (explorer.sparsity.value, explorer.budget.value) == (0.12, "fresh")
-    stats, view = recorded.lock_stats[-1], LockView.of_result(recorded)
-    locked = view.numbers(0.12, budget="fresh")["locked"].iloc[-1]
-    assert 100 * locked / view.eligible == pytest.approx(stats["frozen_pct"], abs=0.1)
-    assert f"{stats['locked_pct']:.1f} % of all" in explorer.numbers.value
-    assert [label for label, _ in explorer.task.options[1:]] == ["imdb", "ag_news"]
-    assert "synthetic" in explorer.numbers.value
+    data = data_of(explore(recorded))
+    assert data["start"] == {"level": 12, "mode": "fresh"}
+    stats = recorded.lock_stats[-1]
+    locked = data["sums"]["fresh"][12][2][-1]
+    assert 100 * locked / data["eligible"] == pytest.approx(stats["frozen_pct"], abs=0.1)
+    assert data["tasks"] == ["imdb", "ag_news"] and "synthetic" in data["source"]
+    assert data["measured"] == {}
+
+
+def test_the_committed_page_is_what_the_command_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(["figures", "--explorer", "--output", str(tmp_path)]) == 0
+    page = tmp_path / "explorer.html"
+    assert capsys.readouterr().out.split() == [str(page)]
+    assert page.read_bytes() == (ROOT / "docs" / "explorer.html").read_bytes()
+    assert page.stat().st_size < 500_000
+    for result in FINETUNE:
+        result.save(tmp_path / "runs" / f"{result.protocol['seed']}.json")
+    assert main(["figures", "--explorer", str(tmp_path / "runs")]) == 2
+    assert "no result has recorded importance" in capsys.readouterr().err
 
 
 def test_a_live_stack_shows_its_next_update_and_stays_as_it_is():
@@ -151,17 +148,15 @@ def test_a_live_stack_shows_its_next_update_and_stays_as_it_is():
     for each in (stack, twin):
         each.update(LOADERS[0])
     before, weights, state = stack.state_dict(), tiny.snapshot(model), torch.get_rng_state()
-    explorer = explore(stack, LOADERS[1])
-    explorer.sparsity.value = 0.3
-    explorer.sparsity.value = 0.2
+    data = data_of(explore(stack, LOADERS[1]))
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(c.any() for c in tiny.changed(model, weights).values())
     assert stack.state_dict()["tasks"] == before["tasks"]
     assert all(torch.equal(b, before["bits"][n]) for n, b in stack.state_dict()["bits"].items())
-    after = twin.update(LOADERS[1])
-    assert f"{after['frozen_pct']:.1f} % of the eligible weights" in explorer.numbers.value
-    assert "before" in explorer.numbers.value
-    assert explorer.retraining is None
+    (chosen,), (added,), (locked,) = data["sums"]["fresh"][20]
+    assert twin.update(LOADERS[1])["locked"] == locked
+    assert chosen == added and locked - added == stack.stats()["locked"]
+    assert data["live"] and data["start"] == {"level": 20, "mode": "fresh"}
 
 
 def test_unusable_sources_say_what_to_do(recorded):
@@ -176,7 +171,7 @@ def test_unusable_sources_say_what_to_do(recorded):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(module, "SMOKE", SMALL)
+    monkeypatch.setattr(panel, "SMOKE", SMALL)
     yield
     stop_running()
 
@@ -197,48 +192,47 @@ def ended(pid: int) -> bool:
         return True
 
 
-def text_of(result: Result) -> str:
-    explorer = explore(result)
-    explorer.sparsity.value, explorer.budget.value = 0.3, "union"
-    return explorer.numbers.value
-
-
 def test_retraining_is_stopped_and_goes_on_to_the_result_of_an_unbroken_run(recorded, tmp_path):
-    explorer = explore(recorded, output=tmp_path / "runs")
-    panel = explorer.retraining
-    explorer.sparsity.value, explorer.budget.value = 0.3, "union"
-    panel.start.click()
-    assert panel.start.disabled and not panel.stop.disabled
-    wait_for(lambda: list(tmp_path.glob("runs/*.state/stage-1")))
-    assert panel.progress.value > 0 and "batches" in panel.message.value
-    panel.stop.click()
-    assert panel.run.wait(30)
-    assert "stopped" in panel.message.value and not panel.start.disabled
-    assert not list(tmp_path.glob("runs/*.json"))
-    panel.start.click()
-    assert panel.run.wait(120)
-    (result,) = load_results(tmp_path / "runs")
-    assert f"{result.metrics['average_accuracy']:.1f} %" in panel.message.value
-    assert "forgetting" in panel.message.value
-    assert explorer.numbers.value == text_of(result)
+    first = explore(recorded)
+    made = first.retraining(tmp_path / "runs")
+    assert made.page.value == "" and made.shown.layout.display == "none"
+    made.sparsity.value, made.budget.value = 0.3, "union"
+    made.start.click()
+    assert made.start.disabled and not made.stop.disabled
+    wait_for(lambda: list(tmp_path.glob("runs/*bitstack*.state/stage-1")))
+    assert made.progress.value > 0 and "BitStack" in made.message.value
+    made.stop.click()
+    assert made.run.wait(30)
+    assert "stopped" in made.message.value and not made.start.disabled
+    made.start.click()
+    assert made.run.wait(120)
+    fine_tuned, result = sorted(
+        load_results(tmp_path / "runs"), key=lambda r: r.protocol["strategy"] == "bitstack"
+    )
+    for one in (fine_tuned, result):
+        assert f">{one.metrics['average_accuracy']:.1f}<" in made.history.value
+    assert made.history.value.index("fine-tuning") < made.history.value.index("BitStack")
+    assert made.page.value == explore(result, results=[fine_tuned, result]).frame()
+    made.shown.value = made.shown.options[0]
+    assert made.page.value == first.frame()
     unbroken = SMALL.with_strategy("bitstack", sparsity=0.3)
     assert run(unbroken, output=tmp_path / "unbroken").matrix == result.matrix
 
 
-def test_an_explorer_made_again_stops_the_run_of_the_first(recorded, tmp_path):
-    first = explore(recorded, output=tmp_path)
-    first.retraining.start.click()
-    explore(recorded, output=tmp_path)
-    assert first.retraining.run.wait(30)
-    assert "stopped" in first.retraining.message.value
+def test_a_panel_made_again_stops_the_run_of_the_first(recorded, tmp_path):
+    first = explore(recorded).retraining(tmp_path)
+    first.start.click()
+    explore(recorded).retraining(tmp_path)
+    assert first.run.wait(30)
+    assert "stopped" in first.message.value
 
 
 def test_a_run_that_fails_says_why(recorded, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "SMOKE", replace(SMALL, train_size=100_000))
-    panel = explore(recorded, output=tmp_path).retraining
-    panel.start.click()
-    assert panel.run.wait(120)
-    assert "100000" in panel.message.value and not panel.start.disabled
+    monkeypatch.setattr(panel, "SMOKE", replace(SMALL, train_size=100_000))
+    made = explore(recorded).retraining(tmp_path)
+    made.start.click()
+    assert made.run.wait(120)
+    assert "100000" in made.message.value and not made.start.disabled
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
@@ -248,7 +242,8 @@ def test_no_process_is_left_when_the_kernel_is_killed(tmp_path):
         "from bitstack_nb.benchmark.protocol import PRESETS\n"
         "from bitstack_nb.notebook.retrain import Retraining\n"
         "seen = lambda *progress: None\n"
-        "run = Retraining(PRESETS['smoke'], output=sys.argv[1], on_progress=seen, on_end=seen)\n"
+        "smoke = [PRESETS['smoke']]\n"
+        "run = Retraining(smoke, output=sys.argv[1], on_progress=seen, on_end=seen)\n"
         "print(run.process.pid, flush=True)\n"
         "time.sleep(600)\n"
     )

@@ -27,7 +27,7 @@ _TUNED = ("warmup_steps", "learning_rate", "head_learning_rate")
 # Strategies whose protocol leaves ``head_steps`` out where there are none.
 _HEAD_STEPS = (
     *("finetune", "bitstack", "bitstack-strict", "random-mask", "magnitude-mask"),
-    *("frozen", "ewc", "replay", "lora", "single", "shira", "bitfit"),
+    *("frozen", "ewc", "replay", "lora", "single", "shira", "bitfit", "bitdelta", "delta-rank8"),
 )
 OTHER = "_other"
 # A strategy's name, or settings of a protocol that tell one configuration from the others.

@@ -47,6 +47,8 @@ STRATEGIES = {
     "single": replace(SMALL, pooling="cls").with_strategy("single"),
     "shira": MEAN.with_strategy("shira", sparsity=0.05),
     "bitfit": SMALL.with_strategy("bitfit"),
+    "bitdelta": SMALL.with_strategy("bitdelta"),
+    "delta-rank8": SMALL.with_strategy("delta-rank8"),
     "probe": SMALL.with_strategy("probe"),
 }
 
@@ -288,6 +290,7 @@ def stop_in_stage(number, protocol, folder, monkeypatch):
 
 
 SAVING = ["bitstack", "random-mask", "recall", "ewc", "lora", "shira", "single", "bitfit", "probe"]
+SAVING += ["bitdelta", "delta-rank8"]
 
 
 @pytest.mark.parametrize("strategy", SAVING)

@@ -138,6 +138,31 @@ def test_shira_is_that_of_peft():
     torch.testing.assert_close(strategy._layers[0].values[0].grad, theirs)
 
 
+def test_compressed_separate_models_are_near_the_trained_ones():
+    """BitDelta has the signs, the other the largest singular values; embeddings are the base's."""
+    names = ("single", "bitdelta", "delta-rank8")
+    found = {}
+    for name in names:
+        strategy = make(name, tiny.gpt2())
+        train_stage(strategy, 0)
+        with strategy.model_of(0) as model:
+            found[name] = backbone(model)
+    base = strategy._base
+    full, bits, low = ({name: found[each][name] - base[name] for name in base} for each in names)
+    for name, delta in full.items():
+        if name.startswith(("wte", "wpe")):
+            assert delta.any() and not bits[name].any() and not low[name].any()
+        elif delta.ndim < 2:
+            torch.testing.assert_close(bits[name], delta, rtol=2e-3, atol=1e-6)
+            assert torch.equal(bits[name], low[name])
+        else:
+            mean = float(delta.abs().mean())
+            torch.testing.assert_close(bits[name].abs(), torch.full_like(delta, mean))
+            assert ((bits[name] > 0) == (delta > 0)).all()
+            left = torch.linalg.svdvals(delta)[8:].square().sum().sqrt()
+            assert float((delta - low[name]).norm()) == pytest.approx(float(left), rel=0.1)
+
+
 def test_bitfit_moves_only_biases_from_the_base():
     model = tiny.bert()
     strategy, base = make("bitfit", model), backbone(model)
@@ -389,6 +414,14 @@ def test_storage_is_what_the_tensors_take():
     biases = [p for name, p in model.base_model.named_parameters() if name.endswith("bias")]
     assert found["bitfit"] == 3 * 4 * sum(p.numel() for p in biases)
     matrices = [module.weight.numel() for module in linear_layers(model.base_model)]
+    tables = sum(
+        m.weight.numel() for m in model.base_model.modules() if isinstance(m, torch.nn.Embedding)
+    )
+    others = 2 * (weights // 4 - sum(matrices) - tables)
+    bits = sum(-(-size // 8) + 4 for size in matrices)
+    assert make("bitdelta", tiny.bert()).storage([]) == 3 * (bits + others)
+    low = sum(2 * 8 * (out + inside) for out, inside in ranks)
+    assert make("delta-rank8", tiny.bert()).storage([]) == 3 * (low + others)
     shira = make("shira", tiny.bert(), sparsity=0.1)
     assert shira.storage([]) == 3 * 12 * sum(round(0.1 * size) for size in matrices)
     assert shira.best_storage([]) == shira.storage([]) / 3

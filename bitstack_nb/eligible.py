@@ -148,8 +148,7 @@ def eligible_parameters(model: nn.Module, exclude: Iterable[str] | None) -> dict
 
 def head_paths(model: nn.Module) -> list[str]:
     """Names of all that is a head, as modules, parameters and buffers of an unwrapped model."""
-    named, last = _find_head(model)
-    return named or last
+    return _find_head(model)[0]
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -177,20 +176,16 @@ def trainable_heads(model: nn.Module) -> list[nn.Parameter]:
 
 def warn_of_head(model: nn.Module) -> None:
     """Log a warning if an unwrapped model's head is not known by name, or if it has none."""
-    named, last = _find_head(model)
-    if last:
-        logger.warning(
-            "no part of %s has the usual name of a head, so the last layer %r is taken for it: if "
-            "the head is another, name it classifier, or leave it free with exclude=[...]",
-            type(model).__name__,
-            last[0],
-        )
-    elif not named:
-        logger.warning(
-            "%s seems to have no head: if some layer gives the logits, name it classifier, or "
-            "leave it free with exclude=[...]",
-            type(model).__name__,
-        )
+    paths, known = _find_head(model)
+    if known and paths:
+        return
+    found = f"the last layer {paths[0]!r} is taken for it" if paths else "none is found"
+    logger.warning(
+        "no part of %s has the usual name of a head, so %s: if another layer gives the logits, "
+        "name it classifier, or leave it free with exclude=[...]",
+        type(model).__name__,
+        found,
+    )
 
 
 @contextmanager
@@ -263,22 +258,22 @@ def _automatic_exclusion(model: nn.Module) -> set[str]:
     return excluded
 
 
-def _find_head(model: nn.Module) -> tuple[list[str], list[str]]:
-    """The head as model or names tell it; else in the second list the layer taken for it."""
+def _find_head(model: nn.Module) -> tuple[list[str], bool]:
+    """Paths of the head, and whether the model or a name tells them; else it is the last layer."""
     path, module = "", model
     while True:
         children = [*module._parameters, *module._buffers, *module._modules]
         backbone = getattr(module, "base_model_prefix", "")
         if isinstance(module._modules.get(backbone), nn.Module):
-            return [canonical(path + name) for name in children if name != backbone], []
+            return [canonical(path + name) for name in children if name != backbone], True
         inner = [name for name, child in module.named_children() if _holds_parameters(child)]
         if len(inner) != 1 or not module._modules[inner[0]]._modules:
             break
         path, module = f"{path}{inner[0]}.", module._modules[inner[0]]
     named = [canonical(path + name) for name in children if _HEADS.fullmatch(name)]
     if named or backbone:  # a transformers model that does not hold its backbone is one
-        return named, []
-    return [], [canonical(path + name) for name in _layers(module)[-1:]]
+        return named, True
+    return [canonical(path + name) for name in _layers(module)[-1:]], False
 
 
 def _layers(model: nn.Module) -> list[str]:

@@ -143,7 +143,7 @@ class Eligibility(unittest.TestCase):
             with self.assertLogs("bitstack_nb", "WARNING") as logs:
                 BitStack(model)
             self.assertRegex(
-                logs.output[0], f"{type(model).__name__} seems to have no head.*exclude="
+                logs.output[0], f"{type(model).__name__} has .*none is found.*exclude="
             )
 
     def test_blocks_with_norm_or_embed_in_their_names(self):

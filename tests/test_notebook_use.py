@@ -326,7 +326,7 @@ class Changed(LockedCase):
         model, optimizer, stack = self.locked_model()
         before, twin = tiny.snapshot(model), copy.deepcopy(model)
         theirs = ADAMW(twin.parameters())
-        with self.assertRaisesRegex(ValueError, "holds none of the stack's parameters"):
+        with self.assertRaisesRegex(ValueError, "holds no parameter of the stack's model"):
             stack.attach(theirs)
         tiny.train(twin, theirs, tiny.batches(2, seed=1))
         self.assertTrue(tiny.changed(twin, before)["blocks.0.up.weight"].all())

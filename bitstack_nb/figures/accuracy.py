@@ -228,8 +228,9 @@ def _name_size(ax: Axes, group: Group, end: tuple[float, float], *, above: bool)
         va="bottom" if above else "top",
         size=9,
         color=group.colour,
+        zorder=2.05,  # over the intervals of other points, under their markers
     )
-    text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # over other intervals
+    text.set_path_effects([withStroke(linewidth=3, foreground="white")])
 
 
 def _set_storage_scale(ax: Axes, smallest: float, *, nothing: bool) -> None:

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import Field, fields, replace
+from dataclasses import Field, fields
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -34,6 +34,8 @@ _DRAWN = (
     "evidence ablation stronger twenty/all-tests twenty/200-tests twenty/40-tests "
     "earlier/plain-heads earlier/same-rate earlier/more-texts"
 )
+# The methods that ``run`` compares if none is named.
+COMPARED = ["probe", "finetune", "bitstack", "recall", "single"]
 RECORDED = tuple(Path("results", name) for name in _DRAWN.split())
 EXPLORED = (Path("results", "ablation"), Path("results", "evidence"))
 RECORDED_COSTS = Path("results", "cost")  # a file per device
@@ -178,10 +180,12 @@ def _cost(options: argparse.Namespace) -> None:
 
 
 def _report(done: list[Result], output: Path) -> None:
-    from bitstack_nb.figures import summary
+    from bitstack_nb.figures import brief, conclusions
     from bitstack_nb.results.tables import format_table
 
-    print(f"\n{format_table(summary(done))}\n")
+    print(f"\n{format_table(brief(done))}\n")
+    if found := conclusions(done):
+        print(*found, sep="\n", end="\n\n")
     if any(result.protocol["data"] == "embedded" for result in done):
         print(SYNTHETIC)
     print(f"Each run is a JSON file in {output}:")
@@ -202,12 +206,11 @@ def protocols(options: argparse.Namespace) -> list[Protocol]:
     owned = {name for strategy in all_strategies().values() for name in strategy.settings}
     found = []
     for shared in _combinations({name: v for name, v in given.items() if name not in owned}):
-        base = replace(PRESETS[preset], **shared)
-        base = base.shuffled() if options.shuffle_tasks else base
         for strategy in strategies:
             settings = getattr(all_strategies().get(strategy), "settings", ())
-            own = _combinations({name: v for name, v in given.items() if name in settings})
-            found += [base.with_strategy(strategy, **values) for values in own]
+            for own in _combinations({name: v for name, v in given.items() if name in settings}):
+                protocol = PRESETS[preset].with_strategy(strategy, **shared, **own)
+                found.append(protocol.shuffled() if options.shuffle_tasks else protocol)
     return found
 
 
@@ -229,7 +232,7 @@ def parser() -> argparse.ArgumentParser:
     program = _Parser(prog="python -m bitstack_nb", description="BitStack's benchmark.")
     commands = program.add_subparsers(required=True, metavar="COMMAND")
     text = "train on the tasks in sequence and compare strategies (the main job)"
-    _add_runs(commands, "run", text)
+    _add_runs(commands, "run", text, strategy=COMPARED)
     _add_runs(
         commands,
         "ablation",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitstack_nb.benchmark.strategies import all_strategies
-from bitstack_nb.data.tasks import EVALUATIONS, FIVE_TASKS, SAMPLINGS, Task, find_task
+from bitstack_nb.data.tasks import EVALUATIONS, FIVE_TASKS, SAMPLINGS, TINY, Task, find_task
 from bitstack_nb.settings import BUDGETS, IMPORTANCES, MODES, POOLINGS, RANDOM
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Protocol:
         32, "batches that importance, or the Fisher of ewc, is measured on", whole=True, least=1
     )
     model: str = _setting(
-        "tiny-gpt2", "Hub name or folder of a sequence classifier; tiny-gpt2 is made on the spot"
+        TINY, "Hub name or folder of a sequence classifier; tiny-gpt2 is in the package"
     )
     data: str = _setting(
         "embedded", "embedded (synthetic), hub, or a folder with <dataset>/train.parquet"
@@ -62,7 +62,7 @@ class Protocol:
     )
     max_length: int = _setting(48, "tokens a text is cut at")
     epochs: float = _setting(3, "passes over each task's training sample", above=0)
-    batch_size: int = _setting(16, "examples per step", above=0)
+    batch_size: int = _setting(32, "examples per step", above=0)
     learning_rate: float = _setting(2e-3, "rate of AdamW, with a linear schedule per task", above=0)
     weight_decay: float = _setting(0.01, "weight decay of AdamW", least=0)
     warmup_steps: int = _setting(
@@ -113,7 +113,7 @@ class Protocol:
         names = [task.name for task in tasks]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"tasks are {names}, expected one or more, each once")
-        if self.model == "tiny-gpt2" and self.data != "embedded":
+        if self.model == TINY and self.data != "embedded":
             raise ValueError(
                 f"tiny-gpt2 knows the embedded tasks' words only, but data is {self.data!r}: name "
                 "a pretrained model, such as --model sentence-transformers/all-MiniLM-L6-v2"
@@ -191,9 +191,23 @@ class Protocol:
         return replace(self, tasks=tuple(self.tasks[position] for position in order))
 
     def with_strategy(self, strategy: str, **settings: Any) -> Protocol:
-        """The same protocol for another strategy, at the default settings of that strategy."""
-        defaults = {name: getattr(Protocol, name) for name in _strategy(strategy).settings}
+        """The same protocol for another strategy, at the default settings of that strategy.
+
+        On the tiny GPT-2 each strategy has rates of its own. A rate that is not the present
+        strategy's own stays.
+        """
+        present, new = _strategy(self.strategy), _strategy(strategy)
+        defaults = {name: getattr(Protocol, name) for name in new.settings}
+        if settings.get("model", self.model) == TINY:
+            shared = {*present.tiny, *new.tiny} - {*present.settings, *new.settings}
+            kept = {n for n in shared if getattr(self, n) != _on_tiny(present, n)}
+            defaults |= {n: _on_tiny(new, n) for n in {*defaults, *shared} - kept}
         return replace(self, strategy=strategy, **{**defaults, **settings})
+
+
+def _on_tiny(strategy: type[Strategy], name: str) -> Any:
+    """A strategy's setting for the tiny GPT-2."""
+    return strategy.tiny.get(name, getattr(Protocol, name))
 
 
 def _spelled(path: str) -> str:
@@ -257,6 +271,7 @@ PRESETS: Mapping[str, Protocol] = _Presets(
             "test_size": 60,
             "max_length": 24,
             "epochs": 1,
+            "batch_size": 16,
             "warmup_steps": 2,
         },
         "quick": {

@@ -88,12 +88,12 @@ class TaskSequence:
     def run(self, *, progress: bool) -> Result:
         """Carry out the stages that are left, and give the result."""
         self._resume()
-        done, name = self.numbers["stages_done"], self.protocol.strategy
+        done, label = self.numbers["stages_done"], self.strategy.label
         total = sum(self.batches(len(self.stages) - done))
-        with tqdm(total=total, desc=name, unit="batch", disable=not progress) as bar:
+        with tqdm(total=total, desc=label, unit="batch", disable=not progress) as bar:
             for number, stage in list(enumerate(self.stages))[done:]:
                 last = self.protocol.tasks[stage[-1]].name
-                bar.set_description(f"{name} seed {self.protocol.seed}, up to {last}")
+                bar.set_description(f"{label}, seed {self.protocol.seed}, up to {last}")
                 self.train_stage(number, stage, bar)
                 self.lock(number, stage)
                 self.evaluate(stage, bar)

@@ -33,6 +33,8 @@ class Strategy:
         order: place in tables and figures, ascending.
         colour: in figures, as matplotlib takes it.
         settings: the protocol's fields that this strategy uses, but not all strategies do.
+        tiny: settings for the tiny GPT-2, where they are not the protocol's defaults; chosen on
+            held-out texts (docs/benchmark.md).
         drifts: whether later stages change the backbone that earlier tasks are predicted with. If
             not, a task is tested only after its own stage.
         trains: whether the Trainer trains anything.
@@ -44,6 +46,7 @@ class Strategy:
     order: ClassVar[int]
     colour: ClassVar[str]
     settings: ClassVar[tuple[str, ...]] = ("head_steps",)
+    tiny: ClassVar[Mapping[str, Any]] = {}
     drifts: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     pooling: ClassVar[str | None] = None

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.head import Head, place
@@ -66,7 +67,7 @@ def train(
 ) -> int:
     """Train in place and return the number of steps. Batches are of texts of similar length."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = _Trainer(
             model=model,
             args=_arguments(protocol, folder, seed=seed, device=device),
             data_collator=collate,
@@ -80,6 +81,14 @@ def train(
             return trainer.train().global_step
         finally:
             unwrap_forward(model)
+
+
+class _Trainer(Trainer):
+    def _get_train_sampler(self, *arguments: Any) -> LengthGroupedSampler:
+        """The Trainer's own sampler, which would look up each length in the dataset, slowly."""
+        sampler = super()._get_train_sampler(*arguments)
+        sampler.lengths = list(sampler.lengths)
+        return sampler
 
 
 def _arguments(

@@ -1,13 +1,14 @@
 """A backbone: a transformers sequence classifier in float32, its tokenizer, and its batches.
 
-Scope: loading by Hub name or local folder, or building the tiny GPT-2; texts to token columns;
-token columns to padded batches. The heads of the tasks are in ``bitstack_nb/head.py``.
+Scope: loading by Hub name or local folder, or the tiny GPT-2 of the package; texts to token
+columns; token columns to padded batches. The heads of the tasks are in ``bitstack_nb/head.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,6 +16,7 @@ import torch
 import transformers
 
 from bitstack_nb.data.pooling import Pooled
+from bitstack_nb.data.tasks import TINY
 from bitstack_nb.pretrained import (
     BackboneError,
     collator,
@@ -24,7 +26,7 @@ from bitstack_nb.pretrained import (
     tokenized,
 )
 
-TINY = "tiny-gpt2"
+TINY_FOLDER = Path(__file__).with_name("tiny")  # written by pretrain_tiny.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +38,9 @@ class Backbone:
         tokenizer: pads on the side that the model needs.
         name: the Hub name, the folder or ``"tiny-gpt2"``.
         max_length: texts are cut to this many tokens.
-        provenance: JSON-able. ``source`` is ``"hub"`` (with ``revision``, the commit), ``"folder"``
-            (with ``sha256`` per weight file) or ``"built"`` (with ``seed`` and ``vocabulary``, the
-            version of the embedded tasks); ``backbone_parameters`` counts all but the head's.
+        provenance: JSON-able. ``source`` is ``"hub"`` (with ``revision``, the commit), or
+            ``"folder"`` or ``"package"`` (with ``sha256`` per weight file);
+            ``backbone_parameters`` counts all but the head's.
     """
 
     model: transformers.PreTrainedModel | Pooled
@@ -52,12 +54,15 @@ def load_backbone(name: str, *, max_length: int, seed: int, pooling: str | None 
     """Load a sequence classifier of transformers with its tokenizer, on the CPU.
 
     Args:
-        name: ``"tiny-gpt2"`` (built with random weights), a local folder, or a name on the Hub.
+        name: ``"tiny-gpt2"`` (135 thousand weights, pretrained on synthetic texts), a local folder,
+            or a name on the Hub.
         max_length: texts are cut to this many tokens.
         seed: of the random weights: those that the files lack, usually the head, or all of the
             tiny GPT-2. The global random state is left as found.
         pooling: what the head reads, see :class:`bitstack_nb.data.pooling.Pooled`; None keeps the
             classifier that transformers has for the architecture.
+        seed: of the weights that the files lack, usually the head's, which are random. The global
+            random state is left as found.
 
     Raises:
         BackboneError: the name is unknown, gated or out of reach; the folder lacks a model or a
@@ -69,7 +74,8 @@ def load_backbone(name: str, *, max_length: int, seed: int, pooling: str | None 
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed every GPU, which the fork leaves out.
         torch.default_generator.manual_seed(seed)
-        model, tokenizer, source = _build_tiny(seed) if name == TINY else load_pretrained(name)
+        model, tokenizer, source = load_pretrained(str(TINY_FOLDER) if name == TINY else name)
+        source = source | ({"source": "package"} if name == TINY else {})
     limit = positions(model)
     if limit is not None and max_length > limit:
         raise BackboneError(
@@ -127,26 +133,3 @@ def collate(backbone: Backbone) -> Callable[[list[Mapping[str, Any]]], dict[str,
     each row's first token, so that the logits do not depend on the amount of padding.
     """
     return collator(backbone.model, backbone.tokenizer)
-
-
-def _build_tiny(
-    seed: int,
-) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, dict[str, Any]]:
-    """Build a GPT-2 of 2 layers with random weights, and a word tokenizer for embedded tasks."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from bitstack_nb.data.embedded import EMBEDDED_VERSION, embedded_vocabulary
-
-    words = ["<pad>", "<unk>", *embedded_vocabulary()]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    rules = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    rules.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inputs = ["input_ids", "attention_mask"]
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=rules, pad_token="<pad>", unk_token="<unk>", model_input_names=inputs
-    )
-    sizes = {"n_positions": 256, "n_embd": 64, "n_layer": 2, "n_head": 4}
-    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    config = transformers.GPT2Config(vocab_size=len(words), **sizes, **tokens)
-    model = transformers.GPT2ForSequenceClassification(config).eval()
-    return model, tokenizer, {"source": "built", "seed": seed, "vocabulary": EMBEDDED_VERSION}

@@ -111,6 +111,16 @@ def embedded_vocabulary() -> list[str]:
     return sorted(set(" ".join(texts).split()))
 
 
+def embedded_corpus(count: int) -> list[str]:
+    """Texts without labels for language modelling: the same words, but no row of a task.
+
+    Half are opinions of one grade. The others name things of one or two themes, whatever the
+    classes of the tasks are.
+    """
+    rng = random.Random(f"{EMBEDDED_VERSION}/corpus")
+    return [_unlabelled(rng) for _ in range(count)]
+
+
 def _row(rng: random.Random, task: str, number: int, label: int) -> dict[str, str | int]:
     """A row with the Hub's columns."""
     opener = rng.choice(_OPENERS[task])
@@ -147,16 +157,38 @@ def _chain(rng: random.Random, words: list[str]) -> str:
 
 
 def _review(rng: random.Random, task: str, label: int) -> str:
-    """Four verdicts near the label's grade; a negated verdict uses a word of the opposite grade."""
+    """Four verdicts near the label's grade."""
     verdicts = []
     for _ in range(4):
         if task == "imdb":
             liked = label == 1 if rng.random() < 0.9 else label == 0
             grade = rng.choice((3, 4) if liked else (0, 1))
         else:
-            grade = min(4, max(0, label + rng.choice((-1, 0, 0, 0, 0, 1))))
-        negated = rng.random() < 0.2
-        form = rng.choice(_NEGATED if negated else _VERDICTS)
-        adjective = rng.choice(_GRADES[4 - grade if negated else grade].split())
-        verdicts.append(form.format(rng.choice(_ASPECTS[task].split()), adjective))
+            grade = _near(rng, label)
+        verdicts.append(_verdict(rng, _ASPECTS[task], grade))
     return " ".join(verdicts)
+
+
+def _near(rng: random.Random, grade: int) -> int:
+    """The grade, or in a third of the cases the next one."""
+    return min(4, max(0, grade + rng.choice((-1, 0, 0, 0, 0, 1))))
+
+
+def _verdict(rng: random.Random, aspects: str, grade: int) -> str:
+    """A sentence of a grade; a negated one uses a word of the opposite grade."""
+    negated = rng.random() < 0.2
+    form = rng.choice(_NEGATED if negated else _VERDICTS)
+    adjective = rng.choice(_GRADES[4 - grade if negated else grade].split())
+    return form.format(rng.choice(aspects.split()), adjective)
+
+
+def _unlabelled(rng: random.Random) -> str:
+    """A text of ``embedded_corpus``."""
+    opener = rng.choice(rng.choice(list(_OPENERS.values())))
+    if rng.random() < 0.5:
+        aspects, grade = rng.choice(list(_ASPECTS.values())), rng.randrange(5)
+        verdicts = [_verdict(rng, aspects, _near(rng, grade)) for _ in range(rng.randint(2, 4))]
+        return f"{opener} {' '.join(verdicts)}".strip()
+    themes = rng.sample(list(_THEMES.values()), rng.randint(1, 2))
+    words = rng.choices(" ".join(themes).split(), k=rng.randint(4, 9))
+    return f"{opener} {_chain(rng, words)} {rng.choice('.?')}".strip()

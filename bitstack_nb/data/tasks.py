@@ -15,6 +15,7 @@ from typing import Any
 from bitstack_nb.data.errors import DataError
 
 SAMPLINGS = ("stratified", "head")  # how rows are chosen; see load_task
+TINY = "tiny-gpt2"  # the package's backbone, which knows only the words of synthetic texts
 EVALUATIONS = ("test", "heldout")  # where the test sample comes from
 
 

@@ -22,5 +22,7 @@ __getattr__, __dir__, __all__ = attach(
         "named": "report",
         "summary": "report",
         "write_figures": "report",
+        "brief": "words",
+        "conclusions": "words",
     },
 )

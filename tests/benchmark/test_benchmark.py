@@ -28,7 +28,12 @@ from bitstack_nb.results.plain_json import from_text
 
 # Small enough for seconds, large enough that every stage trains and locks something.
 SMALL = Protocol(
-    tasks=("imdb", "ag_news", "dbpedia"), train_size=64, test_size=56, max_length=24, epochs=1
+    tasks=("imdb", "ag_news", "dbpedia"),
+    train_size=64,
+    test_size=56,
+    max_length=24,
+    epochs=1,
+    batch_size=16,
 )
 TWO = replace(SMALL, tasks=SMALL.tasks[:2])
 MEAN = replace(SMALL, pooling="mean")

@@ -10,7 +10,9 @@ from bitstack_nb import Protocol, Result, run
 from bitstack_nb.benchmark import estimates, runner
 from bitstack_nb.benchmark.estimates import estimate
 
-SMALL = Protocol(tasks=("imdb", "ag_news"), train_size=160, test_size=56, max_length=24, epochs=1)
+SMALL = Protocol(
+    tasks=("imdb", "ag_news"), train_size=160, test_size=56, max_length=24, epochs=1, batch_size=16
+)
 COSTS = ("step", "batch", "stage")
 
 

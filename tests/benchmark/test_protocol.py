@@ -9,7 +9,9 @@ import pytest
 from bitstack_nb import Protocol, run
 from bitstack_nb.benchmark import PRESETS, all_strategies, strategies, strategy_names
 
-SMALL = Protocol(tasks=("imdb", "ag_news", "dbpedia"), train_size=64, test_size=56, epochs=1)
+SMALL = Protocol(
+    tasks=("imdb", "ag_news", "dbpedia"), train_size=64, test_size=56, epochs=1, batch_size=16
+)
 # Also tests/results/test_recorded.py: every recorded run has the name of its protocol.
 NAMED = {
     "finetune-seed0-fa6f398242": replace(SMALL, max_length=24),
@@ -40,8 +42,8 @@ def test_a_name_depends_on_what_matters():
     assert union.name == replace(union, importance_mode="eval").name
     recall = SMALL.with_strategy("recall")
     assert recall.name == replace(recall, budget="fresh").name
-    random = replace(recall, importance="random")
-    assert recall.name != random.name == replace(random, n_batches=8).name
+    gradient = SMALL.with_strategy("recall", importance="gradient")
+    assert gradient.name != recall.name == replace(recall, n_batches=8).name
     for strategy, setting, value in (("ewc", "strength", 5), ("lora", "rank", 4)):
         own = SMALL.with_strategy(strategy)
         assert own.name != replace(own, **{setting: value}).name
@@ -56,6 +58,17 @@ def test_a_name_depends_on_what_matters():
 def test_a_protocol_comes_back_from_its_record(strategy):
     protocol = replace(SMALL, seed=3).with_strategy(strategy)
     assert Protocol.from_dict(protocol.to_dict()) == protocol
+
+
+def test_rates_on_the_tiny_backbone_are_the_strategys_own_unless_they_were_changed():
+    for strategy in all_strategies():
+        assert SMALL.with_strategy(strategy).with_strategy("finetune") == SMALL
+    recall = all_strategies()["recall"].tiny
+    assert SMALL.with_strategy("recall").learning_rate == recall["learning_rate"]
+    assert replace(SMALL, learning_rate=0.5).with_strategy("recall").learning_rate == 0.5
+    assert SMALL.with_strategy("recall", learning_rate=0.5).learning_rate == 0.5
+    real = replace(SMALL, model="folder", data="folder").with_strategy("recall")
+    assert (real.learning_rate, real.sparsity) == (SMALL.learning_rate, Protocol.sparsity)
 
 
 def test_every_strategy_says_how_it_is_shown():

@@ -17,7 +17,9 @@ from bitstack_nb.benchmark.sweeps import sweep
 from bitstack_nb.cli import main
 from bitstack_nb.results.provenance import command_line
 
-SMALL = Protocol(tasks=("imdb", "ag_news"), train_size=32, test_size=28, max_length=16, epochs=1)
+SMALL = Protocol(
+    tasks=("imdb", "ag_news"), train_size=32, test_size=28, max_length=16, epochs=1, batch_size=16
+)
 FOUR = [
     replace(SMALL, seed=seed).with_strategy(strategy)
     for seed in (0, 1)

@@ -110,7 +110,7 @@ def test_a_model_saved_for_regression_is_used_for_classification(folder: Path) -
 
 def test_tiny_gpt2_knows_every_embedded_word() -> None:
     backbone = load("tiny-gpt2", max_length=256, seed=1)
-    assert backbone.provenance["source"] == "built"
+    assert backbone.provenance["source"] == "package"
     texts = list(embedded_split("imdb", "test")["text"])[:50] + embedded_vocabulary()
     tokens = encode(rows(texts), backbone)["input_ids"]
     assert backbone.tokenizer.unk_token_id not in {token for row in tokens for token in row}

@@ -27,7 +27,7 @@ def settings(found: list[Protocol], *names: str) -> list[tuple]:
 
 
 def test_the_main_job_in_its_own_process(tmp_path):
-    """As in the README, but smaller: runs, shows progress, compares, names the JSON files."""
+    """As in the README, but smaller: five methods, progress, a table, two sentences, the files."""
     done = subprocess.run(
         [sys.executable, "-m", "bitstack_nb", "run", *FAST, "--output", str(tmp_path)],
         capture_output=True,
@@ -39,10 +39,15 @@ def test_the_main_job_in_its_own_process(tmp_path):
     assert "100%" in done.stderr
     assert "synthetic" in done.stdout
     files = sorted(tmp_path.glob("*.json"))
-    assert [file.name.partition("-")[0] for file in files] == ["bitstack", "finetune"]
+    strategies = ["bitstack", "finetune", "probe", "recall", "single"]
+    assert [file.name.partition("-")[0] for file in files] == strategies
     for file in files:
         assert str(file) in done.stdout
-    assert "| fine-tuning " in done.stdout and "| BitStack " in done.stdout
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("|")]
+    assert {len(row) for row in rows} == {5}
+    shown = ["linear probe", "fine-tuning", "BitStack", "exact recall", "separate models"]
+    assert [row[0].strip() for row in rows[2:]] == shown
+    assert done.stdout.count("On seed 0 alone, ") == 2
 
 
 def test_seeds_train_in_their_own_order_and_give_an_interval(tmp_path, capsys):
@@ -92,6 +97,17 @@ def test_settings_that_are_not_given_are_as_in_the_preset():
     assert settings(code, *names) == [("gpt2", "head", "fresh", "train"), rest, rest]
     (twenty,) = asked("run", "--tasks", "twenty", "--strategy", "finetune")
     assert len(twenty.tasks) == 20
+
+
+def test_each_strategy_has_its_own_rate_on_the_tiny_backbone_unless_one_is_given():
+    rates = ("learning_rate", "head_learning_rate")
+    both = ("run", "--strategy", "finetune,recall")
+    fine, recall = settings(asked(*both), *rates)
+    assert recall[0] > 4 * fine[0] and recall[1] is not None and fine[1] is None
+    given = settings(asked(*both, "--learning-rate", str(fine[0])), *rates)
+    assert given == [fine, (fine[0], recall[1])]
+    real = settings(asked(*both, "--model", "folder", "--data", "folder"), *rates)
+    assert real == [fine, fine]
 
 
 def test_costs_are_added_to_those_that_are_there(tmp_path, capsys, monkeypatch):

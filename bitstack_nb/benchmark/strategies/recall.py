@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -27,6 +27,10 @@ class Recall(Strategy):
 
     name, label, order, colour = "recall", "exact recall", 90, "#56B4E9"
     settings = ("sparsity", "n_batches", "importance")
+    tiny: ClassVar = {
+        **{"sparsity": 0.05, "importance": "random"},
+        **{"learning_rate": 6e-2, "head_learning_rate": 1e-2},
+    }
     drifts = False
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:

@@ -1,9 +1,9 @@
-"""The router of a task bank: of which task is a text, by its features on the base?
+"""The router of a task bank: of which task is a text, by its mean-pooled features on the base?
 
 A task's part is the mean of its texts' features and a low-rank part of their scatter, some tens of
 kB. The covariance that tasks share is a sum over their parts, so a task is added or removed with
-its part alone. A linear discriminant over the means decides. A text of no task is one that lies
-further from the chosen task's mean than nearly all of the task's held-out texts.
+its part alone. A linear discriminant over the means decides. A text of no task is one that points
+further away from the chosen task's mean than nearly all of the task's held-out texts.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import NamedTuple
 
 import torch
 
-RANK = 16  # directions of a task's scatter that are kept
+RANK = 64  # directions of a task's scatter that are kept
 SHRINKAGE = 0.1  # share of the shared covariance that is made equal in all directions
 _LEVELS = 101  # quantiles of the held-out distances that are kept
 
 
 class Part(NamedTuple):
-    """One task's part of the router, in float32.
+    """One task's part of the router.
 
     Attributes:
-        mean: of the features ``[size]``.
-        axes: ``[rank, size]``, orthogonal: the directions of largest variance, each as long as the
-            standard deviation along it.
-        rest: ``[2]``, the variance along any other direction, and the number of texts.
-        held: ascending quantiles of the distances of held-out texts.
+        mean: of the features: float32 ``[size]``.
+        axes: float16 ``[rank, size]``, orthogonal: the directions of largest variance, each as long
+            as the standard deviation along it.
+        rest: float32 ``[2]``: the variance along any other direction, and the number of texts.
+        held: float32: ascending quantiles of the distances of held-out texts.
     """
 
     mean: torch.Tensor
@@ -34,55 +34,58 @@ class Part(NamedTuple):
     rest: torch.Tensor
     held: torch.Tensor
 
-    def distances(self, features: torch.Tensor) -> torch.Tensor:
-        """Squared Mahalanobis distance of each text from the mean: float64 ``[texts]``.
-
-        The covariance is the task's own, so other tasks do not change it.
-        """
-        mean, axes = self.mean.double(), self.axes.double()
-        off, variances = features.double() - mean, axes.square().sum(1)
-        along = off @ axes.T / variances.sqrt()
-        beside = (off.square().sum(1) - along.square().sum(1)).clamp(min=0)
-        return (along.square() / variances).sum(1) + beside / self.rest[0].double()
-
     def limit(self, unknown: float) -> float:
         """The distance that this share of the task's held-out texts exceeds."""
         return float(torch.quantile(self.held.double(), 1 - unknown))
+
+    def covariance(self) -> torch.Tensor:
+        """The covariance as far as the part tells it: float64 ``[size, size]``."""
+        axes, rest = self.axes.double(), self.rest[0].double()
+        directions = torch.nn.functional.normalize(axes, dim=1)
+        beside = torch.eye(len(self.mean), dtype=torch.float64) - directions.T @ directions
+        return axes.T @ axes + rest * beside
+
+
+class Choice(NamedTuple):
+    """The task of a text, None if it is of no task, and the probability of the nearest task."""
+
+    task: str | None
+    score: float
 
 
 def fit(features: torch.Tensor, held: torch.Tensor | None = None) -> Part:
     """The part of a task in a router.
 
     Args:
-        features: of its texts ``[texts, size]``, two texts or more.
-        held: features of other texts of the task. ``None`` holds out every fifth of its texts for
-            the distances, and then takes all of them for the mean and the scatter.
+        features: of its texts ``[texts, size]``, two texts or more, in random order.
+        held: of other texts of the task. ``None`` takes every fifth text for the distances, which
+            are then from the mean of the others.
     """
     features = features.double().cpu()
+    fitted = features
     if held is None:
         last = torch.arange(len(features)) % 5 == 4
-        some = len(features) >= 10
-        part = _statistics(features[~last] if some else features)
-        distances = part.distances(features[last] if some else features)
-        part = _statistics(features)
-    else:
-        part = _statistics(features)
-        distances = part.distances(held.cpu())
+        fitted, held = (features[~last], features[last]) if last.any() else (features, features)
     levels = torch.linspace(0, 1, _LEVELS, dtype=torch.float64)
-    return part._replace(held=torch.quantile(distances, levels).float())
+    quantiles = torch.quantile(_distances(held, fitted.mean(0)), levels)
+    (count, size), mean = features.shape, features.mean(0)
+    _, deviations, directions = torch.linalg.svd(
+        (features - mean) / count**0.5, full_matrices=False
+    )
+    rank = min(RANK, size - 1, int((deviations > 1e-6 * deviations[0]).sum()))
+    rest = deviations[rank:].square().sum() / (size - rank)
+    return Part(
+        mean.float(),
+        (deviations[:rank, None] * directions[:rank]).half(),
+        torch.tensor([float(rest), count]),
+        quantiles.float(),
+    )
 
 
-def _statistics(features: torch.Tensor) -> Part:
-    count, size = features.shape
-    mean = features.mean(0)
-    scatter = (features - mean) / count**0.5
-    _, deviations, directions = torch.linalg.svd(scatter, full_matrices=False)
-    rank = min(RANK, size - 1, count - 1, int((deviations > 1e-6 * deviations[0]).sum()))
-    axes = deviations[:rank, None] * directions[:rank]
-    # Never zero: few texts lie in few directions, and others are only more.
-    floor = 1e-6 * float(mean.square().mean()) + torch.finfo(torch.float32).tiny
-    rest = max(float(deviations[rank:].square().sum()) / (size - rank), floor)
-    return Part(mean.float(), axes.float(), torch.tensor([rest, count]), torch.zeros(0))
+def _distances(features: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """1 minus the cosine between each text's features and a mean: float64 ``[texts]``."""
+    mean = mean.double()[None]
+    return 1 - torch.nn.functional.cosine_similarity(features.double().cpu(), mean)
 
 
 class Router:
@@ -93,12 +96,15 @@ class Router:
     """
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
-        self.names, self._parts = list(parts), dict(parts)
-        covariance = sum(float(part.rest[1]) * _covariance(part) for part in parts.values())
-        covariance /= sum(float(part.rest[1]) for part in parts.values())
-        equal = covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
-        shrunk = torch.lerp(covariance, equal, SHRINKAGE)
+        self._parts = dict(parts)
+        counts = {name: float(part.rest[1]) for name, part in parts.items()}
+        summed = sum(counts[name] * part.covariance() for name, part in parts.items())
+        covariance = summed / sum(counts.values())
+        # Never zero, for texts that are all equal.
+        variance = covariance.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        equal = variance * torch.eye(len(covariance), dtype=torch.float64)
         means = torch.stack([part.mean.double() for part in parts.values()])
+        shrunk = torch.lerp(covariance, equal, SHRINKAGE)
         self._weights = torch.linalg.solve(shrunk, means.T)
         self._bias = -(means.T * self._weights).sum(0) / 2
 
@@ -109,32 +115,17 @@ class Router:
             features: of the texts ``[texts, size]``.
             unknown: share of a task's own texts that may count as texts of no task, from 0 to 1. At
                 0 every text gets a task.
+
+        Raises:
+            ValueError: ``unknown`` is out of range.
         """
-        features = features.double().cpu()
+        if not 0 <= unknown <= 1:
+            raise ValueError(f"unknown is {unknown!r}, expected a share from 0 to 1, as 0.05")
+        features, names = features.double().cpu(), list(self._parts)
         found = (features @ self._weights + self._bias).softmax(1).max(1)
-        choices = [
-            Choice(self.names[task], score)
-            for score, task in zip(found.values.tolist(), found.indices.tolist(), strict=True)
-        ]
-        if unknown > 0:
+        tasks: list[str | None] = [names[place] for place in found.indices.tolist()]
+        if unknown:
             for name, part in self._parts.items():
-                far = part.distances(features) > part.limit(unknown)
-                for number in far.nonzero().flatten().tolist():
-                    if choices[number].task == name:
-                        choices[number] = Choice(None, choices[number].score)
-        return choices
-
-
-class Choice(NamedTuple):
-    """The task of a text, None if it is of no task, and the probability of the nearest task."""
-
-    task: str | None
-    score: float
-
-
-def _covariance(part: Part) -> torch.Tensor:
-    """A task's covariance as far as its part tells it."""
-    axes, rest = part.axes.double(), part.rest[0].double()
-    directions = torch.nn.functional.normalize(axes, dim=1)
-    inside = axes.T @ axes - rest * (directions.T @ directions)
-    return inside + rest * torch.eye(len(part.mean), dtype=torch.float64)
+                far = _distances(features, part.mean) > part.limit(unknown)
+                tasks = [None if t == name and f else t for t, f in zip(tasks, far, strict=True)]
+        return [Choice(*pair) for pair in zip(tasks, found.values.tolist(), strict=True)]

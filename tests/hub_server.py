@@ -1,11 +1,13 @@
 """A small Hugging Face Hub on this machine, for the real clients (HF_ENDPOINT).
 
-It describes repositories, lists their files and sends them, whole or in part. Some names are
+It describes repositories, lists their files and sends them, whole or in part. Models can be
+uploaded, a commit each. Some names are
 refused as the Hub refuses them. `GET /stop` ends the listening: from then on there is no network.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.server
 import json
@@ -46,6 +48,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self, body: str = "") -> None:
         path = unquote(self.path.partition("?")[0])
+        if re.fullmatch(
+            r"/api/(repos/create|validate-yaml|models/.*/(preupload|commit)/\w+)", path
+        ):
+            self.take(path, body)
+            return
         if path == "/stop":
             self.send(b"")
             self.server.server_close()
@@ -70,6 +77,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in files]
             about = {"id": f"{asked['owner']}/{asked['name']}", "sha": COMMIT, "tags": []}
             self.send_json({**about, "siblings": siblings})
+
+    def take(self, path: str, body: str) -> None:
+        """Make a repository, or put the files of a commit into it."""
+        at = f"http://{self.headers['Host']}"
+        *_, owner, name, kind, _ = ["", *path.split("/")]
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            self.send_json({"url": f"{at}/{asked['organization']}/{asked['name']}"})
+        elif path == "/api/validate-yaml":
+            self.send_json({"errors": [], "warnings": []})
+        elif kind == "preupload":
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            files = [{"path": file["path"], **how} for file in json.loads(body)["files"]]
+            self.send_json({"files": files})
+        else:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    file = self.folder / "models" / owner / name / line["value"]["path"]
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(base64.b64decode(line["value"]["content"]))
+            commit = f"{at}/{owner}/{name}/commit/{COMMIT}"
+            self.send_json({"commitUrl": commit, "commitOid": COMMIT})
 
     def send_file(self, file: Path | None) -> None:
         if file is None:

@@ -48,9 +48,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self, body: str = "") -> None:
         path = unquote(self.path.partition("?")[0])
-        if re.fullmatch(
-            r"/api/(repos/create|validate-yaml|models/.*/(preupload|commit)/\w+)", path
-        ):
+        if re.search(r"^/api/(repos/create|validate-yaml)$|/(preupload|commit)/\w+$", path):
             self.take(path, body)
             return
         if path == "/stop":

@@ -10,13 +10,14 @@ import unittest
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from unittest import mock
 
 import tiny
 import torch
 from tiny_backbones import write_backbones
 from transformers import TrainerCallback
 
-from bitstack_nb import TaskBank
+from bitstack_nb import TaskBank, bankfiles
 from bitstack_nb.examples import read_examples
 from bitstack_nb.guard import LockedWeightsMoved
 
@@ -257,6 +258,8 @@ class Routing(BankCase):
             self.assertLessEqual(chosen["accuracy"], chosen["routed"])
             self.assertGreaterEqual(known["accuracy"], 0)
             self.assertEqual({c["task"] for c in self.bank.route(["snow"] * 3)} - {*test}, set())
+        with self.assertRaisesRegex(ValueError, "unknown is 5, expected a share"):
+            self.bank.predict(TEXTS, unknown=5)
         answers = self.bank.predict(TEXTS, unknown=1.0)
         nothing = {"task": None, "label": None, "score": 0.0}
         self.assertIn(nothing, answers)
@@ -318,6 +321,24 @@ class Folder(BankCase):
             TaskBank.from_pretrained(folder)
         with self.assertRaisesRegex(ValueError, "no bank.json and no config.json"):
             TaskBank.from_pretrained(self.folder)
+
+    def test_a_save_that_fails_at_any_step(self):
+        """The folder has the tasks of before or those of after."""
+        bank = new_bank()
+        learn(bank, "colours")
+        folder, before = self.saved(bank), bank.digests
+        learn(bank, "sky")
+        steps = ("_write", "_beside", "_record"), ("save", "_check_heads")
+        for where, names in zip((bankfiles, type(bank.recall)), steps, strict=True):
+            for name in names:
+                with mock.patch.object(where, name, side_effect=OSError("disk full")):
+                    with self.assertRaisesRegex(OSError, "disk full"):
+                        self.saved(bank)
+                found = TaskBank.from_pretrained(folder)
+                self.assertIn(found.digests, (before, bank.digests))
+                self.assertEqual(found.verify(), 0)
+                self.assertEqual([f.name for f in folder.iterdir() if f.name[0] == "."], [])
+        self.assertEqual(TaskBank.from_pretrained(self.saved(bank)).digests, bank.digests)
 
     def test_the_card(self):
         card = self.saved() / "README.md"

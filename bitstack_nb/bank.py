@@ -493,7 +493,7 @@ class TaskBank:
         for pairs in (False, True):
             numbers = [n for n, text in enumerate(texts) if isinstance(text, tuple) == pairs]
             if numbers:
-                features = self._features([texts[number] for number in numbers])
+                features = self.features([texts[number] for number in numbers])
                 found = self._router(pairs).choose(features, unknown=unknown)
                 choices |= zip(numbers, found, strict=True)
         return [choices[number] for number in range(len(texts))]
@@ -508,7 +508,7 @@ class TaskBank:
             self._routers[pairs] = router.Router(parts)
         return self._routers[pairs]
 
-    def _features(self, texts: Sequence[Text]) -> torch.Tensor:
+    def features(self, texts: Sequence[Text]) -> torch.Tensor:
         """Mean-pooled features of texts or of pairs on the base: ``[texts, size]`` on the CPU."""
         order, batches = self._sorted(self._encoded(texts, self.max_length), BATCH_SIZE)
         with self.recall.using(None) as model:
@@ -519,7 +519,7 @@ class TaskBank:
 
         def some(texts: Sequence[Text]) -> torch.Tensor:
             order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
-            return self._features([texts[number] for number in order[:ROUTED].tolist()])
+            return self.features([texts[number] for number in order[:ROUTED].tolist()])
 
         return router.fit(some(data.texts), None if held is None else some(held.texts))
 

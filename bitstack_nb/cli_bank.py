@@ -24,6 +24,7 @@ def add_bank(commands: argparse._SubParsersAction) -> None:
     listed.add_argument("--json", action="store_true", help="all that bank.json says")
     removed = _add(inner, "remove", "remove a task; nothing of it is left in the folder", _remove)
     removed.add_argument("--name", required=True, help="the task")
+    _add_measure(inner)
 
 
 def _add(
@@ -64,6 +65,29 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     add("--text", help="column of the texts, or two for pairs; text if not given")
     add("--task", help="the task; if not given, the bank chooses it for each text")
     add("--unknown", type=float, default=0.0, help="share of own texts that may get no task; 0")
+
+
+def _add_measure(commands: argparse._SubParsersAction) -> None:
+    text = "measure banks on the benchmark's tasks: task of a text known, and chosen by the bank"
+    parser = commands.add_parser("measure", help=text, description=text)
+    parser.set_defaults(command=_measure)
+    add = parser.add_argument
+    add("--model", required=True, help="backbone: a Hub name or a folder")
+    add("--data", default="hub", help="hub, embedded (synthetic), or a folder as for run")
+    add("--tasks", default="five", help="names, or five or twenty; five if not given")
+    add("--seeds", default="0", help="as 0,1,2: a bank for each")
+    add("--train-size", type=int, default=480, help="texts of a task; 480")
+    add("--test-size", type=int, default=200, help="test texts of a task; 200")
+    add("--evaluate-on", choices=("test", "heldout"), default="test", help="heldout: to choose")
+    add("--max-length", type=int, default=32, help="tokens that a text is cut at; 32")
+    add("--sparsity", type=float, default=0.01, help="own weights of a task; 0.01")
+    add("--epochs", type=float, help="as for learn")
+    add("--batch-size", type=int, help="as for learn")
+    add("--lr", type=float, help="as for learn")
+    add("--head-lr", type=float, help="as for learn")
+    add("--output", type=_path, default=Path("results/bank"), help="folder; results/bank")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("--verbose", action="store_true", help="log each step, and errors in full")
 
 
 # Commands -----------------------------------------------------------------------------------------
@@ -137,6 +161,29 @@ def _remove(options: argparse.Namespace) -> None:
     bank.remove(options.name)
     bank.save_pretrained(options.folder)
     print(f"{options.name}: removed from {options.folder}")
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from bitstack_nb.benchmark.banks import measure_bank
+    from bitstack_nb.data.tasks import SEQUENCES, find_task
+    from bitstack_nb.files import replacing
+    from bitstack_nb.results.plain_json import render
+
+    tasks = SEQUENCES.get(options.tasks) or [find_task(n) for n in options.tasks.split(",")]
+    names = ["model", "data", "train_size", "test_size", "evaluate_on", "max_length", "sparsity"]
+    settings = {name: getattr(options, name) for name in names}
+    for name in ("epochs", "batch_size", "lr", "head_lr"):
+        if getattr(options, name) is not None:
+            settings[name] = getattr(options, name)
+    for seed in map(int, options.seeds.split(",")):
+        found = measure_bank(tasks=tasks, seed=seed, progress=not options.quiet, **settings)
+        path = options.output / f"bank-seed{seed}.json"
+        with replacing(path) as temporary:
+            temporary.write_text(render(found) + "\n")
+        print(path)
+        for task, numbers in found["tasks"].items():
+            shown = (f"{key} {value:.1f}" for key, value in numbers.items() if key != "bytes")
+            print(f"  {task}: {', '.join(shown)}")
 
 
 # Files --------------------------------------------------------------------------------------------

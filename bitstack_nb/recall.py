@@ -560,6 +560,13 @@ class ExactRecall(KeptInFiles):
         """Bytes that the own weights of all closed tasks take in a file."""
         return sum(taskfile.own_bytes(t.own, self._layout.sizes) for t in self._tasks.values())
 
+    def task_bytes(self, name: str) -> dict[str, int]:
+        """Bytes of a task in a file: ``own`` weights, ``head``, and tensors that are ``kept``."""
+        task = self._task(name)
+        parts = {"head": task.head.state_dict(), "kept": task.kept}
+        sizes = {part: sum(t.nbytes for t in tensors.values()) for part, tensors in parts.items()}
+        return {"own": taskfile.own_bytes(task.own, self._layout.sizes), **sizes}
+
     @classmethod
     def load(cls, path: str | os.PathLike[str], base_model: nn.Module) -> ExactRecall:
         """The tasks saved at ``path``, on their base; the model stays as it is.

@@ -115,3 +115,16 @@ def test_damaged_files_are_named_with_the_place(tmp_path, name, content, message
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_table(tmp_path / name)
+
+
+def test_measured_accuracies_are_kept_as_json(folders, tmp_path, capsys):
+    options = ["--model", str(folders["bert"]), "--data", "embedded", "--tasks", "imdb,ag_news"]
+    options += ["--train-size", "16", "--test-size", "16", "--epochs", "1", "--max-length", "8"]
+    output = ["--output", str(tmp_path), "--quiet", "--seeds", "3"]
+    assert main(["bank", "measure", *options, "--sparsity", "0.05", *output]) == 0
+    found = json.loads((tmp_path / "bank-seed3.json").read_text())
+    assert found["settings"]["seed"] == 3 and found["provenance"]["command"]
+    assert {*found["tasks"]} == {"imdb", "ag_news"}
+    for task in found["tasks"].values():
+        assert task["chosen"] <= task["routed"] and task["texts"] == 16 and task["bytes"] > 1000
+        assert {"known", "chosen", "routed", "lost", "found"} < {*task}

@@ -14,8 +14,9 @@ from datasets import Dataset
 
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.strategies import all_strategies
-from bitstack_nb.data.backbones import Backbone, encode, load_backbone
+from bitstack_nb.data.backbones import TINY_FOLDER, Backbone, encode, load_backbone
 from bitstack_nb.data.loading import TaskData, load_task
+from bitstack_nb.data.tasks import TINY
 from bitstack_nb.files import sha256
 
 # Runs that differ in their strategy have the same samples, which are not read anew for each.
@@ -73,7 +74,8 @@ def changed_file(
         origin: the result's provenance.
         digest: gives the SHA-256 of a file.
     """
-    folders = [(Path(protocol.model), origin.get("model", {}))]
+    backbone = TINY_FOLDER if protocol.model == TINY else Path(protocol.model)
+    folders = [(backbone, origin.get("model", {}))]
     for task in protocol.tasks:
         folders.append(
             (Path(protocol.data, task.folder), origin.get("data", {}).get(task.name, {}))

@@ -90,6 +90,15 @@ def test_a_result_of_other_data_or_weights_is_not_taken(tmp_path, folders):
         assert run(protocol, output=output) == result
 
 
+def test_a_result_of_another_tiny_backbone_is_not_taken(tmp_path):
+    protocol = replace(SMALL, tasks=("imdb",), epochs=0.1)
+    digests = run(protocol, output=tmp_path).provenance["model"]["sha256"]
+    file = tmp_path / f"{protocol.name}.json"
+    file.write_text(file.read_text().replace(digests["model.safetensors"], "0" * 64))
+    with pytest.raises(ValueError, match=r"made with another .*tiny.model\.safetensors"):
+        run(protocol, output=tmp_path)
+
+
 def test_home_is_expanded_for_the_output(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)

@@ -149,7 +149,7 @@ def test_result_says_where_it_comes_from(results):
     assert Protocol.from_dict(result.protocol) == STRATEGIES["bitstack"]
     origin = result.provenance
     assert origin["packages"]["torch"] == torch.__version__
-    assert origin["model"]["source"] == "built"
+    assert origin["model"]["source"] == "package"
     assert {"imdb", "ag_news", "dbpedia"} == origin["data"].keys()
     assert all(data["synthetic"] for data in origin["data"].values())
     assert len(result.times["train"]) == len(result.times["update"]) == 3
@@ -454,8 +454,8 @@ def test_the_heads_have_a_rate_of_their_own(tmp_path, monkeypatch, strategy):
         return real(*args, callbacks=[*callbacks, Rates()], **kwargs)
 
     monkeypatch.setattr(sequence, "train", watched)
-    protocol = replace(TWO, head_learning_rate=2e-2, warmup_steps=2).with_strategy(strategy)
-    run(protocol, output=tmp_path)
+    rates = {"learning_rate": 2e-3, "head_learning_rate": 2e-2}
+    run(TWO.with_strategy(strategy, **rates, warmup_steps=2), output=tmp_path)
     assert max(backbone for backbone, _ in seen) == pytest.approx(2e-3)
     assert all(head == pytest.approx(10 * backbone) for backbone, head in seen)
 

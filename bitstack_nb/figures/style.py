@@ -63,11 +63,17 @@ class Figure(mpl.figure.Figure):
         with style():
             super().draw(renderer)
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, str], dict[str, Any]]:
-        """The picture that IPython shows, its width on the page, and the title as alt text."""
+    def _ipython_display_(self) -> None:
+        """Show the picture, with its width on the page, and the title as alt text.
+
+        IPython's own printer of matplotlib figures would crop it, in notebooks that use pyplot.
+        """
+        from IPython.display import display
+
         picture, title = base64.b64encode(png(self)).decode(), self.get_suptitle()
         shown = {"width": round(self.get_figwidth() * SHOWN_DPI), "alt": title}
-        return {"image/png": picture, "text/plain": title}, {"image/png": shown}
+        data = {"image/png": picture, "text/plain": title}
+        display(data, metadata={"image/png": shown}, raw=True)
 
 
 def style() -> AbstractContextManager[None]:

@@ -119,8 +119,16 @@ def test_without_anything_to_draw_the_error_says_what_is_missing(draw, results, 
 
 
 def test_a_notebook_shows_a_returned_figure_as_one_png_of_twice_its_width_on_the_page():
-    formatters = pytest.importorskip("IPython.core.formatters")
-    data, metadata = formatters.DisplayFormatter().format(accuracy.comparison(toy.BITSTACK))
-    picture = imread(io.BytesIO(base64.b64decode(data["image/png"])))
-    assert picture.shape[1] == 2 * metadata["image/png"]["width"]
-    assert "Accuracy" in metadata["image/png"]["alt"] == data["text/plain"]
+    """Also where pyplot has registered a printer of its own."""
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell.instance()
+    capture = pytest.importorskip("IPython.utils.capture").capture_output
+    formatter = shell.display_formatter.formatters["image/png"]
+    formatter.for_type(mpl.figure.Figure, lambda figure: b"cropped")
+    with capture() as captured:
+        assert shell.display_formatter.format(accuracy.comparison(toy.BITSTACK)) == ({}, {})
+    formatter.pop(mpl.figure.Figure)
+    (shown,) = captured.outputs
+    picture = imread(io.BytesIO(base64.b64decode(shown.data["image/png"])))
+    metadata = shown.metadata["image/png"]
+    assert picture.shape[1] == 2 * metadata["width"]
+    assert "Accuracy" in metadata["alt"] == shown.data["text/plain"]

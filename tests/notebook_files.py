@@ -1,7 +1,8 @@
 """The committed notebooks: ``python tests/notebook_files.py [FILE ...]`` runs and writes them.
 
-They run on the preset smoke. Outputs that differ from run to run are left out: timings, the
-kernel's version, widgets (they need the kernel) and stderr (progress bars).
+Solutions of their exercises are notebooks too. All run on the preset smoke. Outputs that differ
+from run to run are left out: timings, the kernel's version, widgets (they need the kernel) and
+stderr (progress bars).
 """
 
 import os
@@ -14,6 +15,8 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SOLUTIONS = sorted(FOLDER.glob("solutions/*.ipynb"))
 _METADATA = {
     "colab": {"provenance": []},
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -42,7 +45,8 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 def metadata(file: Path) -> dict[str, Any]:
     """A notebook's metadata for Colab and Jupyter."""
-    return _METADATA if file.name in _NO_GPU else _METADATA | _ON_A_GPU
+    small = file.name in _NO_GPU or file.parent.name == "solutions"
+    return _METADATA if small else _METADATA | _ON_A_GPU
 
 
 def refresh(file: Path) -> None:
@@ -71,5 +75,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as runs:
         os.environ["BITSTACK_OUTPUT"] = runs
         given = [Path(name).resolve() for name in sys.argv[1:]]
-        for file in given or sorted(FOLDER.glob("*.ipynb")):
+        for file in given or NOTEBOOKS + SOLUTIONS:
             refresh(file)

@@ -11,7 +11,7 @@ import torch
 import toy_results
 from IPython.core.inputtransformer2 import TransformerManager
 from nbconvert import ScriptExporter
-from notebook_files import FOLDER, WIDGET, code_cells, metadata, read
+from notebook_files import FOLDER, NOTEBOOKS, SOLUTIONS, WIDGET, code_cells, metadata, read
 
 from bitstack_nb.benchmark import PRESETS, default_preset
 from bitstack_nb.notebook import (
@@ -28,40 +28,54 @@ from bitstack_nb.notebook import (
 PROJECT = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
-FILES = sorted(FOLDER.glob("*.ipynb"))
 LARGEST = 1_000_000  # bytes; GitHub shows no notebook that is much larger
 # A path of the machine that ran it, or the address of an object.
 ACCIDENT = r"(?:/(?:home|root|tmp|work|content|Users)/|[A-Z]:\\)\S*|0x[0-9a-fA-F]{6,}"
 
-each_notebook = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+each_file = pytest.mark.parametrize("file", NOTEBOOKS + SOLUTIONS, ids=lambda file: file.stem)
 
 
 def test_they_are_numbered_and_share_the_first_code_cell():
-    numbers = [file.stem.partition("_")[0] for file in FILES]
-    assert numbers == [f"{number:02}" for number in range(1, len(FILES) + 1)]
-    (first,) = {code_cells(read(file))[0].source for file in FILES}
+    numbers = [file.stem.partition("_")[0] for file in NOTEBOOKS]
+    assert numbers == [f"{number:02}" for number in range(1, len(NOTEBOOKS) + 1)]
+    (first,) = {code_cells(read(file))[0].source for file in NOTEBOOKS + SOLUTIONS}
     assert re.findall(r"https://[^\"]+", first) == [REPOSITORY]
 
 
-@each_notebook
+@each_file
 def test_title_and_badge_open_this_file_in_the_projects_repository(file):
     owner = REPOSITORY.removeprefix("https://github.com/")
-    address = f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{file.name}"
+    path = file.relative_to(FOLDER.parent).as_posix()
+    address = f"https://colab.research.google.com/github/{owner}/blob/main/{path}"
     title = read(file).cells[0]
     assert title.cell_type == "markdown" and title.source.startswith("# ")
     assert f"[![Open in Colab]({BADGE})]({address})" in title.source
 
 
 @each_notebook
-def test_cells_have_stable_ids_and_the_second_code_cell_holds_the_parameters(file):
+def test_a_notebook_links_to_its_solution(file):
+    """A notebook without exercises has none."""
+    text = "".join(cell.source for cell in read(file).cells if cell.cell_type == "markdown")
+    solution = FOLDER / "solutions" / f"{file.stem.partition('_')[0]}_solution.ipynb"
+    link = f"](solutions/{solution.name})"
+    assert ("\n## Exercises\n" in text) == (link in text) == (solution in SOLUTIONS)
+
+
+@each_file
+def test_cells_have_stable_ids(file):
     ids = [cell.id for cell in read(file).cells]
     assert len(set(ids)) == len(ids)
     assert [name for name in ids if not re.fullmatch(r"[a-z]{3,}(-[a-z0-9]+)*", name)] == []
+
+
+@each_notebook
+def test_the_second_code_cell_holds_the_parameters(file):
     tags = [cell.metadata.get("tags", []) for cell in code_cells(read(file))]
     assert [number for number, found in enumerate(tags) if "parameters" in found] == [1]
 
 
-@each_notebook
+@each_file
 def test_metadata_is_ours_alone(file):
     """No widget state (GitHub refuses it), no timings, no skipped cells, no other kernel."""
     notebook = read(file)
@@ -72,7 +86,7 @@ def test_metadata_is_ours_alone(file):
     assert file.stat().st_size < LARGEST
 
 
-@each_notebook
+@each_file
 def test_all_cells_are_run_in_order_without_errors_or_leftovers(file):
     cells = code_cells(read(file))
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -85,7 +99,7 @@ def test_all_cells_are_run_in_order_without_errors_or_leftovers(file):
         assert re.findall(ACCIDENT, "\n".join(shown)) == []
 
 
-@each_notebook
+@each_file
 def test_cells_define_no_helpers(file):
     """Helpers belong into the package, and nbval is configured by tags."""
     helpers = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -95,7 +109,7 @@ def test_cells_define_no_helpers(file):
         assert "NBVAL_" not in cell.source, cell.id
 
 
-@each_notebook
+@each_file
 def test_nbconvert_makes_a_script_of_it(file):
     source, about = ScriptExporter().from_filename(file)
     assert about["output_extension"] == ".py"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from notebook_files import FOLDER, code_cells, read
+from notebook_files import FOLDER, NOTEBOOKS, SOLUTIONS, code_cells, read
 
 ROOT = FOLDER.parent
 PACKAGE = ROOT / "bitstack_nb"
@@ -81,7 +81,7 @@ def test_the_method_needs_the_base_dependencies_and_results_not_even_torch():
             assert not at_once & {"torch", "transformers", "datasets"}, file
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.ipynb")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", NOTEBOOKS + SOLUTIONS, ids=lambda file: file.stem)
 def test_notebooks_import_faces_only(file):
     for cell in code_cells(read(file)):
         for node in ast.walk(ast.parse(TransformerManager().transform_cell(cell.source))):

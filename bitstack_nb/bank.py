@@ -8,13 +8,12 @@ transformers ``Trainer``. ``examples`` reads texts and labels, ``router`` choose
 from __future__ import annotations
 
 import copy
-import logging
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -39,8 +38,6 @@ from bitstack_nb.trainer import unwrap_forward
 MAX_LENGTH = 256  # tokens, if the model has so many positions
 BATCH_SIZE = 32  # texts that are answered at once
 ROUTED = 1000  # texts of a task that the router learns from, at most
-
-logger = logging.getLogger(__name__)
 
 
 class TaskBank:
@@ -201,6 +198,12 @@ class TaskBank:
         with self._lock:
             self.model.to(device)
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a TaskBank cannot be pickled or copied: use save_pretrained(folder) and "
+            "TaskBank.from_pretrained(folder)"
+        )
 
     def __repr__(self) -> str:
         return f"TaskBank({self.base['name']!r}, tasks: {', '.join(self.recall.names) or 'none'})"
@@ -363,8 +366,7 @@ class TaskBank:
         answers: list[Any] = [None] * len(items)
         with self._lock:
             for name, numbers in self._by_task(items, task, unknown).items():
-                own = [items[n] for n in numbers]
-                found = self._answers(name, own, top_k, batch_size)
+                found = self._answers(name, [items[n] for n in numbers], top_k, batch_size)
                 for number, answer in zip(numbers, found, strict=True):
                     answers[number] = answer
         return answers[0] if single and top_k != 1 else answers
@@ -374,6 +376,13 @@ class TaskBank:
         items = [as_text(text, f"text {n}") for n, text in enumerate(texts)]
         with self._lock:
             return [choice._asdict() for choice in self._choices(items, unknown)]
+
+    def features(self, texts: Sequence[Text]) -> torch.Tensor:
+        """What the router sees of texts or of pairs: ``[texts, size]``, mean-pooled on the base."""
+        with self._lock:
+            order, batches = self._sorted(self._encoded(texts, self.max_length), BATCH_SIZE)
+            with self.recall.using(None) as model:
+                return mean_pooled(model, batches).cpu()[order.argsort()]
 
     def evaluate(
         self,
@@ -432,10 +441,9 @@ class TaskBank:
         for name in dict.fromkeys(tasks):
             if name is not None:
                 self._check_known(name)
-        open_ = [number for number, name in enumerate(tasks) if name is None]
-        if open_:
-            choices = self._choices([items[number] for number in open_], unknown)
-            for number, choice in zip(open_, choices, strict=True):
+        if free := [number for number, name in enumerate(tasks) if name is None]:
+            choices = self._choices([items[number] for number in free], unknown)
+            for number, choice in zip(free, choices, strict=True):
                 tasks[number] = choice.task
         found: dict[str | None, list[int]] = {}
         for number, name in enumerate(tasks):
@@ -507,12 +515,6 @@ class TaskBank:
             parts = {name: router.Part(**self.recall.kept(name)) for name in names}
             self._routers[pairs] = router.Router(parts)
         return self._routers[pairs]
-
-    def features(self, texts: Sequence[Text]) -> torch.Tensor:
-        """Mean-pooled features of texts or of pairs on the base: ``[texts, size]`` on the CPU."""
-        order, batches = self._sorted(self._encoded(texts, self.max_length), BATCH_SIZE)
-        with self.recall.using(None) as model:
-            return mean_pooled(model, batches).cpu()[order.argsort()]
 
     def _part(self, data: Examples, held: Examples | None) -> router.Part:
         """A new task's part of the router, from at most so many texts."""

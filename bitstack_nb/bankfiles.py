@@ -45,11 +45,13 @@ class Saved:
         folder: of the bank, or of the backbone.
         record: what ``bank.json`` says; None for a backbone.
         base: the backbone's ``name`` and ``revision``.
+        given: where the backbone was loaded from.
     """
 
     folder: Path
     record: dict[str, Any] | None
     base: dict[str, Any]
+    given: str
 
 
 def load(
@@ -64,24 +66,22 @@ def load(
     folder = locate(name, revision=revision, marks=(RECORD, CONFIG))
     if not (folder / RECORD).is_file():
         model, tokenizer, source = _classifier(name, revision)
-        return model, tokenizer, Saved(folder, None, {"name": name, **_commit(source)})
+        origin = {"name": name, "revision": source.get("revision")}
+        return model, tokenizer, Saved(folder, None, origin, name)
     record = _record_in(folder)
-    told = record["base"]
-    saved = Saved(folder, record, {key: told[key] for key in ("name", "revision")})
-    if base is None and (folder / BASE).is_dir():
-        model, tokenizer, _ = _classifier(str(folder / BASE), tokenizer=folder)
-        return model, tokenizer, saved
+    origin = {key: record["base"][key] for key in ("name", "revision")}
+    given, commit = origin["name"], origin["revision"]
+    if base is not None:
+        given, commit = str(base), None
+    elif (folder / BASE).is_dir():
+        given, commit = str(folder / BASE), None
     try:
-        given = {} if base is not None else {"revision": told["revision"]}
-        place = told["name"] if base is None else str(base)
-        model, tokenizer, _ = _classifier(place, tokenizer=folder, **given)
+        model, tokenizer, _ = _classifier(given, commit, tokenizer=folder)
     except BackboneError as error:
         raise BackboneError(
             f"the base of {name} cannot be loaded: {error}. Its place can be given: base=..."
         ) from error
-    if base is not None:
-        saved.base["given"] = str(base)
-    return model, tokenizer, saved
+    return model, tokenizer, Saved(folder, record, origin, given)
 
 
 def load_tasks(saved: Saved, model: transformers.PreTrainedModel) -> ExactRecall:
@@ -90,12 +90,11 @@ def load_tasks(saved: Saved, model: transformers.PreTrainedModel) -> ExactRecall
     Raises:
         MaskFileError: the file is damaged, or the model is another base.
     """
-    given = saved.base.pop("given", saved.base["name"])
     try:
         return ExactRecall.load(saved.folder / TASKS, model)
     except MaskFileError as error:
         bank = f"the bank {saved.folder} on {saved.base['name']}"
-        raise MaskFileError(f"{bank} cannot be loaded with {given}: {error}") from error
+        raise MaskFileError(f"{bank} cannot be loaded with {saved.given}: {error}") from error
 
 
 def _classifier(
@@ -106,10 +105,6 @@ def _classifier(
         found = load_pretrained(name, revision=revision, tokenizer=tokenizer)
     prepare(found[0], found[1], name)
     return found
-
-
-def _commit(source: dict[str, Any]) -> dict[str, Any]:
-    return {"revision": source.get("revision")}
 
 
 def read_record(name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
@@ -128,3 +129,13 @@ def test_measured_accuracies_are_kept_as_json(folders, tmp_path, capsys):
     for task in found["tasks"].values():
         assert task["chosen"] <= task["routed"] and task["texts"] == 16 and task["bytes"] > 1000
         assert {"known", "chosen", "routed", "lost", "found"} < {*task}
+
+
+def test_the_code_of_the_page_runs(folders, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "bank.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    code = code.replace("distilbert-base-uncased", str(folders["distilbert"]))
+    texts = [text for text, _ in ROWS]
+    given = {"train": ROWS, "held_out": ROWS, "test": ROWS, "texts": texts}
+    monkeypatch.chdir(tmp_path)
+    exec(code, {**given, "tasks": ["reviews", None, "reviews", None]})

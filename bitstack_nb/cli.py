@@ -146,18 +146,14 @@ def _draw(results: Sequence[Path], output: Path) -> None:
 
 
 def _write_explorer(results: Sequence[Path], output: Path) -> None:
-    """Write the explorer of the run with importance whose settings are nearest the defaults."""
+    """Write the explorer of the run whose settings are nearest the defaults."""
     from bitstack_nb.files import replacing
-    from bitstack_nb.notebook import explore
+    from bitstack_nb.notebook import explore, nearest_runs
     from bitstack_nb.results.result import load_results
 
     runs = load_results(*results)
-    recorded = [run for run in runs if run.importance]
-    if not recorded:
-        raise ValueError("no result has recorded importance: give runs of bitstack")
-    given = [(run.protocol["sparsity"], run.protocol["budget"]) for run in recorded]
-    away = [(abs(share - Protocol.sparsity), budget != Protocol.budget) for share, budget in given]
-    nearest = recorded[away.index(min(away))]
+    with_importance = [run for run in runs if run.importance]
+    nearest, _ = nearest_runs(with_importance, Protocol.sparsity, Protocol.budget)
     with replacing(output / "explorer.html") as temporary:
         temporary.write_text(explore(nearest, results=runs).to_html(), "utf-8")
     print(output / "explorer.html")

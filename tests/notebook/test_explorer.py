@@ -139,7 +139,7 @@ def test_the_committed_page_is_what_the_command_writes(tmp_path, monkeypatch, ca
     for result in FINETUNE:
         result.save(tmp_path / "runs" / f"{result.protocol['seed']}.json")
     assert main(["figures", "--explorer", str(tmp_path / "runs")]) == 2
-    assert "no result has recorded importance" in capsys.readouterr().err
+    assert "no run of BitStack" in capsys.readouterr().err
 
 
 def test_a_live_stack_shows_its_next_update_and_stays_as_it_is():

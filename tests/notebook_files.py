@@ -1,20 +1,26 @@
 """The committed notebooks: ``python tests/notebook_files.py [FILE ...]`` runs and writes them.
 
+``python tests/notebook_files.py --repository OWNER/REPO`` points all badges and first cells to
+another repository on GitHub, without running anything.
+
 Solutions of their exercises are notebooks too. All run on the preset smoke. Outputs that differ
 from run to run are left out: timings, the kernel's version, widgets (they need the kernel) and
 stderr (progress bars).
 """
 
 import os
+import re
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
 
-FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SOLUTIONS = sorted(FOLDER.glob("solutions/*.ipynb"))
 _METADATA = {
@@ -29,6 +35,8 @@ _METADATA = {
 }
 _ON_A_GPU = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}}
 _NO_GPU = ("01_smoke_test.ipynb", "04_mask_visualization.ipynb")  # too small to need one
+# The first code cell is hidden, by Colab and by JupyterLab.
+HIDDEN = {"cellView": "form", "jupyter": {"source_hidden": True}}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -47,6 +55,23 @@ def metadata(file: Path) -> dict[str, Any]:
     """A notebook's metadata for Colab and Jupyter."""
     small = file.name in _NO_GPU or file.parent.name == "solutions"
     return _METADATA if small else _METADATA | _ON_A_GPU
+
+
+def repository(root: Path = ROOT) -> str:
+    """The address that pyproject.toml gives; the only place where it is not a copy."""
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    return project["urls"]["Repository"]
+
+
+def set_repository(name: str, root: Path = ROOT) -> None:
+    """Let the project's address, its badges and the first cells name ``OWNER/REPO``."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise SystemExit(f"--repository is {name!r}, expected OWNER/REPO")
+    old = re.escape(repository(root).removeprefix("https://github.com/"))
+    copies = [root / file for file in ("pyproject.toml", "CITATION.cff", "README.md")]
+    for file in [*copies, *(root / "notebooks").rglob("*.ipynb")]:
+        text = file.read_text()
+        file.write_text(re.sub(rf"(github(?:\.com)?/){old}(?![\w.-])", rf"\g<1>{name}", text))
 
 
 def refresh(file: Path) -> None:
@@ -70,10 +95,17 @@ def refresh(file: Path) -> None:
     nbformat.write(notebook, file)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--repository"]:
+        set_repository(*arguments[1:])
+        return
     os.environ["BITSTACK_PRESET"] = "smoke"
     with tempfile.TemporaryDirectory() as runs:
         os.environ["BITSTACK_OUTPUT"] = runs
-        given = [Path(name).resolve() for name in sys.argv[1:]]
+        given = [Path(name).resolve() for name in arguments]
         for file in given or NOTEBOOKS + SOLUTIONS:
             refresh(file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -51,6 +51,11 @@ def repository(folder: Path) -> str:
         if (ROOT / name).is_file():  # not deleted since the last commit
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
+    return committed(folder)
+
+
+def committed(folder: Path) -> str:
+    """The address of a new git repository in a folder, with all its files."""
     who = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
     for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "as it is now"]):
         subprocess.run(["git", *command], cwd=folder, check=True)

@@ -1,4 +1,8 @@
-"""How long runs will take here: two short stages of each kind of run are carried out and timed."""
+"""How long runs will take here: two short stages of each kind of run are carried out and timed.
+
+The second stage trains with the hooks of the first one's locks on, and writes its state to the
+folder of the runs.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 
 from bitstack_nb.benchmark.protocol import Protocol
@@ -28,11 +33,12 @@ def estimate(
     *,
     output: str | os.PathLike[str] = "results/runs",
     device: str = "auto",
-) -> float:
-    """Seconds that :func:`bitstack_nb.run` of these protocols will take here, roughly.
+) -> tuple[float, float]:
+    """Seconds that :func:`bitstack_nb.run` of these protocols will take here: at least, at most.
 
-    Finished runs cost nothing, broken ones only the stages that are left. Data and model of one
-    seed are loaded for each kind of run; for further seeds that time is counted.
+    The ends of the range are the faster and the slower half of the timed steps. Finished runs cost
+    nothing, broken ones only the stages that are left. Data and model of one seed are loaded for
+    each kind of run; for further seeds that time is counted.
 
     Raises:
         ValueError: as ``run`` does.
@@ -43,27 +49,32 @@ def estimate(
             settings = {k: v for k, v in protocol.to_dict().items() if k not in _FREE}
             kind = canonical([settings, sorted(task.name for task in protocol.tasks)])
             kinds.setdefault(kind, []).append((protocol, left))
-    found = find_device(device)
+    found, place = find_device(device), Path(output).expanduser()
     with undisturbed_rng(found):
-        return sum(_seconds(runs, found) for runs in kinds.values())
+        total = sum((_seconds(runs, found, place) for runs in kinds.values()), np.zeros(2))
+    return float(total[0]), float(total[1])
 
 
-def _seconds(runs: list[tuple[Protocol, int]], device: torch.device) -> float:
+def _seconds(runs: list[tuple[Protocol, int]], device: torch.device, output: Path) -> np.ndarray:
     """Seconds of runs of one kind, each with the number of stages that are left."""
     start = time.perf_counter()
-    with TemporaryDirectory() as folder:
+    # Writing to Google Drive is slow, so the state is written where the run will write it.
+    with TemporaryDirectory(dir=output if output.is_dir() else None) as folder:
         sequence = TaskSequence(runs[0][0], device, Path(folder), None)
         loading = time.perf_counter() - start
         costs = _costs(sequence)
-    total = loading * (len({protocol.seed for protocol, _ in runs}) - 1)
+    total = np.full(2, loading * (len({protocol.seed for protocol, _ in runs}) - 1))
     for sequence.protocol, left in runs:
         steps, batches = sequence.batches(left)
         total += steps * costs["step"] + batches * costs["batch"] + left * costs["stage"]
     return total
 
 
-def _costs(sequence: TaskSequence) -> dict[str, float]:
-    """Seconds of a training step, an evaluation batch, and the rest of a stage."""
+def _costs(sequence: TaskSequence) -> dict[str, np.ndarray]:
+    """Seconds, at least and at most, of a training step, an evaluation batch, the rest of a stage.
+
+    The rest of a stage is loading, locking and writing.
+    """
     protocol = sequence.protocol
     for number, stage in enumerate(sequence.stages[:2]):  # the first one warms up, and may lock
         share = min(1, _STEPS / max(1, sequence.steps(stage)))
@@ -73,14 +84,21 @@ def _costs(sequence: TaskSequence) -> dict[str, float]:
         sequence.train_stage(number, stage, clock)
         sequence.lock(number, stage)
         sequence.save_stage(number + 1)
-        spent, steps = clock.now() - start, clock.ticks
+        spent, ends = clock.now() - start, clock.ticks
         sequence.protocol = protocol
-        step = (steps[-1] - steps[0]) / max(1, len(steps) - 1) if steps else 0
+        step = _range(np.diff(ends) if len(ends) > 1 else np.zeros(1))
         clock, start = _Clock(sequence.device), clock.now()
         with sequence.strategy.model_of(stage[-1]):
             sequence.accuracy_of(stage[-1], clock)
-        batch = (clock.now() - start) / len(clock.ticks)
-    return {"step": step, "batch": batch, "stage": max(0, spent - len(steps) * step)}
+        batch = _range(np.diff([start, *clock.ticks]))
+    rest = max(0, spent - len(ends) * step.mean())
+    return {"step": step, "batch": batch, "stage": np.full(2, rest)}
+
+
+def _range(seconds: np.ndarray) -> np.ndarray:
+    """The means of the faster and of the slower half."""
+    ordered, half = np.sort(seconds), (len(seconds) + 1) // 2
+    return np.array([ordered[:half].mean(), ordered[-half:].mean()])
 
 
 class _Clock:

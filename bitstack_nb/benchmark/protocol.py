@@ -305,7 +305,7 @@ PRESETS: Mapping[str, Protocol] = _Presets(
 PUBLISHED_CODE = {"budget": "fresh", "sampling": "head", "importance_mode": "train"}
 
 
-def default_preset(*, gpu: str = "published") -> str:
+def default_preset(*, gpu: str = "quick") -> str:
     """The notebooks' preset: ``BITSTACK_PRESET``, else ``smoke``, or ``gpu`` where there is one.
 
     Raises:

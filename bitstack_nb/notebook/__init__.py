@@ -7,8 +7,9 @@ __getattr__, __dir__, __all__ = attach(
     {
         "to_install": "first_cell",
         "describe": "first_cell",
-        "report": "first_cell",
-        "duration": "first_cell",
+        "report": "checks",
+        "plan": "planning",
+        "duration": "planning",
         "default_output": "first_cell",
         "output_folder": "first_cell",
         "several": "parameters",

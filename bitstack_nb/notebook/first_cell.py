@@ -1,11 +1,10 @@
-"""The notebooks' first cells: missing packages, this machine, the folder for results."""
+"""The notebooks' first cell: missing packages, this machine, the folder for results."""
 
 from __future__ import annotations
 
 import os
 import re
 import tomllib
-from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +25,7 @@ def to_install() -> str:
 
 
 def describe() -> str:
-    """Device, versions and preset of this process, a line each.
-
-    With a GPU and without ``BITSTACK_PRESET`` each notebook chooses its own preset.
+    """Device and versions of this process, a line each.
 
     Raises:
         ImportError: a package is missing. ``%pip`` prints that it failed, but raises nothing.
@@ -41,17 +38,14 @@ def describe() -> str:
     # Only here, as they may have been missing. provenance asks torch for GPUs where it is loaded.
     import torch  # noqa: F401
 
-    from bitstack_nb.benchmark.protocol import PRESETS, default_preset
     from bitstack_nb.results.provenance import provenance
 
     here = provenance()
-    preset = default_preset(gpu="as the next cell says")
     device = ", ".join(here["gpus"]) or f"{here['cpu']}, {here['cores']} cores"
     versions = {"Python": here["python"], **here["packages"]}
     return (
         f"device    {device}\n"
-        f"versions  {', '.join(f'{name} {number}' for name, number in versions.items())}\n"
-        f"preset    {preset} (of {', '.join(PRESETS)}; BITSTACK_PRESET chooses)"
+        f"versions  {', '.join(f'{name} {number}' for name, number in versions.items())}"
     )
 
 
@@ -61,22 +55,6 @@ def _missing_packages() -> list[str]:
     needs = [*project["dependencies"], *project["optional-dependencies"]["notebooks"]]
     names = [re.match(r"\w+", need)[0] for need in needs]
     return [name for name in names if not find_spec(name)]
-
-
-def report(checks: Mapping[str, bool]) -> str:
-    """A line with PASS or FAIL per check, and one for all."""
-    lines = [f"{'PASS' if passed else 'FAIL'}  {text}" for text, passed in checks.items()]
-    failed = sum(not passed for passed in checks.values())
-    total = f"{failed} of {len(checks)} checks failed" if failed else "all checks passed"
-    return "\n".join([*lines, f"\n{'FAIL' if failed else 'PASS'}: {total}"])
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: ``40 s``, ``3 min``, ``1 h 20 min``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def default_output() -> str:

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 import torch
 from notebook_files import FOLDER, code_cells, read
-from stand_in import ROOT, environment, repository, run, site_packages
+from stand_in import ROOT, committed, environment, repository, run, site_packages
 
 FIRST = code_cells(read(FOLDER / "01_smoke_test.ipynb"))[0].source
 TWICE = f"{FIRST}\n{FIRST}\nprint('found in', notebook.__file__)\n"
@@ -83,8 +83,35 @@ def test_a_missing_repository_is_named(tmp_path, content):
     nowhere = tmp_path / "nowhere"
     python = environment(tmp_path, colab=True)
     said = first_cell(python, content, BITSTACK_REPOSITORY=nowhere.as_uri())
-    assert str(nowhere) in said and "ModuleNotFoundError" in said
+    assert (
+        f"ImportError: no bitstack_nb in {nowhere.as_uri()}: run %env BITSTACK_REPOSITORY" in said
+    )
     assert list(content.iterdir()) == []
+
+
+def test_a_repository_without_the_package_is_named_and_another_one_works(
+    tmp_path, content, clone_from
+):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "README.md").touch()
+    python = environment(tmp_path, colab=True)
+    said = first_cell(python, content, BITSTACK_REPOSITORY=committed(other))
+    assert f"no bitstack_nb in {other.as_uri()}: run %env BITSTACK_REPOSITORY=" in said
+    assert list(content.iterdir()) == []
+    said = first_cell(python, content, BITSTACK_REPOSITORY=clone_from)
+    assert f"found in {content / 'bitstack' / 'bitstack_nb'}" in said, said
+
+
+def test_with_a_gpu_notebook_02_chooses_quick(tmp_path):
+    """A torch that says there is a GPU stands for one."""
+    parameters = code_cells(read(FOLDER / "02_benchmark.ipynb"))[1].source
+    python = environment(tmp_path, colab=False)
+    script = python.with_name("gpu.py")
+    script.write_text(
+        f"import torch\ntorch.cuda.is_available = lambda: True\n{parameters}\nprint('is', PRESET)"
+    )
+    assert "is quick" in run(python, [str(script)], ROOT, PYTHONPATH=str(ROOT))
 
 
 def test_elsewhere_the_first_cell_uses_the_clone(tmp_path):

@@ -3,7 +3,8 @@
 import ast
 import os
 import re
-import tomllib
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,19 @@ import torch
 import toy_results
 from IPython.core.inputtransformer2 import TransformerManager
 from nbconvert import ScriptExporter
-from notebook_files import FOLDER, NOTEBOOKS, SOLUTIONS, WIDGET, code_cells, metadata, read
+from notebook_files import (
+    FOLDER,
+    HIDDEN,
+    NOTEBOOKS,
+    ROOT,
+    SOLUTIONS,
+    WIDGET,
+    code_cells,
+    metadata,
+    read,
+    repository,
+    set_repository,
+)
 
 from bitstack_nb.benchmark import PRESETS, default_preset
 from bitstack_nb.notebook import (
@@ -20,13 +33,14 @@ from bitstack_nb.notebook import (
     first_cell,
     nearest_runs,
     output_folder,
+    plan,
+    planning,
     report,
     several,
     to_install,
 )
 
-PROJECT = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
-REPOSITORY = PROJECT["urls"]["Repository"]
+REPOSITORY = repository()
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 LARGEST = 1_000_000  # bytes; GitHub shows no notebook that is much larger
 # A path of the machine that ran it, or the address of an object.
@@ -38,9 +52,26 @@ each_file = pytest.mark.parametrize("file", NOTEBOOKS + SOLUTIONS, ids=lambda fi
 
 def test_they_are_numbered_and_share_the_first_code_cell():
     numbers = [file.stem.partition("_")[0] for file in NOTEBOOKS]
-    assert numbers == [f"{number:02}" for number in range(1, len(NOTEBOOKS) + 1)]
+    assert len(set(numbers)) == len(numbers)  # 02b goes with 02
+    main = [number for number in numbers if number.isdecimal()]
+    assert main == [f"{number:02}" for number in range(1, len(main) + 1)]
     (first,) = {code_cells(read(file))[0].source for file in NOTEBOOKS + SOLUTIONS}
+    assert first.startswith("# @title ") and "git clone --quiet --depth 1 " in first
     assert re.findall(r"https://[^\"]+", first) == [REPOSITORY]
+
+
+def test_one_command_points_all_badges_to_another_repository(tmp_path):
+    for name in ("pyproject.toml", "CITATION.cff", "README.md", "notebooks"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    set_repository("me/mine.2", tmp_path)
+    assert repository(tmp_path) == "https://github.com/me/mine.2"
+    owner = REPOSITORY.removeprefix("https://github.com/")
+    for file in (file for file in tmp_path.rglob("*.*") if file.is_file()):
+        text = file.read_text()
+        assert owner not in text and ("github" not in text or "me/mine.2" in text), file
+    with pytest.raises(SystemExit, match="'mine', expected OWNER/REPO"):
+        set_repository("mine", tmp_path)
 
 
 @each_file
@@ -80,7 +111,9 @@ def test_metadata_is_ours_alone(file):
     """No widget state (GitHub refuses it), no timings, no skipped cells, no other kernel."""
     notebook = read(file)
     assert notebook.metadata == metadata(file)
-    for cell in notebook.cells:
+    setup = code_cells(notebook)[0]
+    assert setup.metadata == HIDDEN
+    for cell in (cell for cell in notebook.cells if cell is not setup):
         assert set(cell.metadata) <= {"tags"}
         assert set(cell.metadata.get("tags", [])) <= {"parameters", "nbval-check-output"}
     assert file.stat().st_size < LARGEST
@@ -152,9 +185,8 @@ def test_preset_is_chosen_by_the_environment(monkeypatch):
     for name in PRESETS:
         monkeypatch.setenv("BITSTACK_PRESET", name)
         assert default_preset() == name
-        assert f"preset    {name} " in describe()
     monkeypatch.delenv("BITSTACK_PRESET")
-    assert default_preset() == ("published" if torch.cuda.is_available() else "smoke")
+    assert default_preset() == ("quick" if torch.cuda.is_available() else "smoke")
     monkeypatch.setenv("BITSTACK_PRESET", "fast")
     with pytest.raises(ValueError, match=f"'fast', expected one of {', '.join(PRESETS)}"):
         default_preset()
@@ -169,14 +201,37 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def test_a_report_passes_only_if_every_check_does():
-    assert report({"one": True, "two": True}).endswith("\nPASS: all checks passed")
-    assert "FAIL  two" in (failed := report({"one": True, "two": False}))
-    assert failed.endswith("\nFAIL: 1 of 2 checks failed")
+    assert report({"one": True, "two": True}).endswith("\n\nPASS: all checks passed")
+    left_open = report({"one": True, "two": None})
+    assert "OPEN  two" in left_open
+    assert left_open.endswith("\nOPEN: no check failed, and 1 of 2 could not be decided")
+    failed = report({"one": None, "two": False})
+    assert "FAIL  two" in failed and failed.endswith("\nFAIL: 1 of 2 checks failed")
 
 
 def test_durations_are_in_words():
     said = [duration(seconds) for seconds in (0.4, 42, 185, 4800, 3 * 3600 + 60)]
     assert said == ["0 s", "42 s", "3 min", "80 min", "3 h 1 min"]
+    ranges = [(42, 42.3), (42, 44), (60, 185), (185, 300), (6000, 9000)]
+    said = [duration(*both) for both in ranges]
+    assert said == ["42 s", "42 to 44 s", "60 s to 3 min", "3 to 5 min", "1 h 40 min to 2 h 30 min"]
+
+
+def test_half_an_hour_of_runs_has_to_be_confirmed(tmp_path, monkeypatch):
+    protocols = [PRESETS["ci"]]
+    monkeypatch.setattr(planning, "estimate", lambda *_, **__: (1500, 1700))
+    assert plan(protocols, output=tmp_path) == "1 run, 25 to 28 min from here (estimated)"
+    monkeypatch.setattr(planning, "estimate", lambda *_, **__: (1500, 1900))
+    said = "2 runs, 25 to 32 min from here (estimated)"
+    with pytest.raises(RuntimeError, match=r"RUN = True to start them\.$") as found:
+        plan(protocols * 2, output=tmp_path)
+    assert str(found.value).startswith(said)
+    assert plan(protocols * 2, output=tmp_path, confirmed=True) == said
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    with pytest.raises(RuntimeError, match='Set OUTPUT = "/content/drive/MyDrive/bitstack", too'):
+        plan(protocols, output=tmp_path)
+    with pytest.raises(RuntimeError, match=r"to start them\.$"):
+        plan(protocols, output=planning.DRIVE)
 
 
 def test_a_folder_on_drive_is_mounted_first(tmp_path, monkeypatch):

@@ -157,10 +157,13 @@ def _list(options: argparse.Namespace) -> None:
 def _remove(options: argparse.Namespace) -> None:
     from bitstack_nb.bank import TaskBank
 
-    bank = TaskBank.from_pretrained(options.folder, base=options.base)
+    folder = Path(options.folder).expanduser()
+    if not (folder / "bank.json").is_file():
+        raise ValueError(f"{folder} holds no bank")
+    bank = TaskBank.from_pretrained(folder, base=options.base)
     bank.remove(options.name)
-    bank.save_pretrained(options.folder)
-    print(f"{options.name}: removed from {options.folder}")
+    bank.save_pretrained(folder)
+    print(f"{options.name}: removed from {folder}")
 
 
 def _measure(options: argparse.Namespace) -> None:

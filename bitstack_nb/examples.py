@@ -156,7 +156,7 @@ def _guessed(found: list[str], table: Mapping[str, list], kind: str, what: str) 
 def _name(value: Any, known: Sequence[str] | None, what: str) -> str | int:
     """The name of a label; a number where it has none."""
     if isinstance(value, str) and value:
-        return value
+        return str(value)  # numpy's strings are of a kind of their own
     if isinstance(value, bool | numpy.bool_):
         return str(bool(value))
     whole = isinstance(value, Integral) or (isinstance(value, Real) and float(value).is_integer())

@@ -123,6 +123,26 @@ class RoundTrip(Case):
                     self.after = [*after, self.after[-1]]
                     self.assert_recalls(twin, loaded)
 
+    def test_what_a_task_keeps_and_whom_another_adopts(self):
+        _, tasks = self.trained(tasks=1)
+        tasks.begin("1")
+        tasks.close(kept={"mean": torch.arange(3.0)}, notes={"texts": (1, 2)})
+        tasks.save(self.path)
+        loaded = ExactRecall.load(self.path, tiny.plain())
+        self.assertEqual(loaded.digests, tasks.digests)
+        self.assertTrue(torch.equal(loaded.kept("1")["mean"], torch.arange(3.0)))
+        self.assertEqual((loaded.notes("1"), loaded.notes("0")), ({"texts": [1, 2]}, {}))
+        other = ExactRecall(tiny.plain(), 0.5)
+        other.adopt(loaded)
+        self.assertEqual((other.digests, other.verify()), (tasks.digests, 0))
+        with self.assertRaisesRegex(ValueError, "both have a task '0', '1'"):
+            other.adopt(loaded)
+        narrow = ExactRecall(tiny.plain(), 0.5, exclude=["norm"])
+        for foreign in (narrow, ExactRecall(tiny.plain(1), 0.5)):
+            with self.assertRaises(MaskFileError):
+                foreign.adopt(loaded)
+            self.assertEqual(foreign.names, [])
+
     def test_rounded_values_are_the_exact_ones(self):
         model, tasks = self.trained(tasks=1)
         tasks.begin("1")

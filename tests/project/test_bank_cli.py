@@ -93,6 +93,7 @@ def test_columns_and_names_of_labels(data, folders, tmp_path, capsys):
         ("predict {bank} red --task news", "no task 'news'"),
         ("predict {bank} --data {data}/train.csv --text body", "no column 'body'"),
         ("remove {bank} --name news", "no task 'news'"),
+        ("remove me/bank --name csv", "me/bank holds no bank"),
         ("list {folder}", "the folder has no bank.json"),
     ],
 )

@@ -118,7 +118,7 @@ def choose(page, menu: str, *items: str) -> None:
         page.locator(".lm-Menu-itemLabel").get_by_text(item, exact=True).click()
 
 
-def test_notebook_04_in_jupyterlab(page, address):
+def test_notebook_04_in_jupyterlab(address, page):
     page.goto(address)
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
     choose(page, "Run", "Run All Cells")

@@ -4,8 +4,8 @@ The rules look at the model's structure only, so nothing here needs transformers
 
 - A *head* lies outside the backbone that the model names in ``base_model_prefix``, as the models of
   transformers do. Elsewhere it is a child with a usual name: ``classifier``, ``heads``, ``fc``...
-  Without either it is the last layer, and a warning says so. A wrapper with one child is looked
-  into.
+  A wrapper is looked into. Where none of this helps, the last layer is the head, with those beside
+  it that read the same input, and a warning says so.
 - An *embedding* is an ``nn.Embedding``, or a parameter or module with "embed" in its name or class.
 - The *final norm* is a norm layer outside the stack of blocks (a ModuleList or Sequential).
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Usual names of heads, where the model does not name its backbone.
 _HEADS = re.compile(
-    r"(\w+_)?(classifier|head|logit|output|score)s|(\w+_)?(classifier|head|score)"
+    r"(\w+_)?(logit|output|score)s|(\w+_)?score|(\w+_)?(classifier|head)s?(\d+|_\w+)?"
     r"|(cls|fc|final|last|logit|out|output)(_(fc|layer|linear|proj))?",
     re.IGNORECASE,
 )
@@ -179,7 +179,10 @@ def warn_of_head(model: nn.Module) -> None:
     paths, known = _find_head(model)
     if known and paths:
         return
-    found = f"the last layer {paths[0]!r} is taken for it" if paths else "none is found"
+    found = "none is found"
+    if paths:
+        layers = "the last layers {} are" if paths[1:] else "the last layer {} is"
+        found = f"{layers.format(', '.join(map(repr, paths)))} taken for it"
     logger.warning(
         "no part of %s has the usual name of a head, so %s: if another layer gives the logits, "
         "name it classifier, or leave it free with exclude=[...]",
@@ -262,31 +265,75 @@ def _find_head(model: nn.Module) -> tuple[list[str], bool]:
     """Paths of the head, and whether the model or a name tells them; else it is the last layer."""
     path, module = "", model
     while True:
-        children = [*module._parameters, *module._buffers, *module._modules]
-        backbone = getattr(module, "base_model_prefix", "")
-        if isinstance(module._modules.get(backbone), nn.Module):
-            return [canonical(path + name) for name in children if name != backbone], True
+        if declared := _declared_head(path, module):
+            return declared, True
         inner = [name for name, child in module.named_children() if _holds_parameters(child)]
         if len(inner) != 1 or not module._modules[inner[0]]._modules:
             break
         path, module = f"{path}{inner[0]}.", module._modules[inner[0]]
-    named = [canonical(path + name) for name in children if _HEADS.fullmatch(name)]
-    if named or backbone:  # a transformers model that does not hold its backbone is one
-        return named, True
-    return [canonical(path + name) for name in _layers(module)[-1:]], False
+    named = []
+    for name in _children(module):
+        own = canonical(path + name)
+        if _HEADS.fullmatch(name):
+            named.append(own)
+        elif isinstance(child := module._modules.get(name), nn.Module):
+            named += _declared_head(f"{own}.", child._modules.get("_orig_mod", child))
+    if named or getattr(module, "base_model_prefix", ""):
+        return named, True  # without one it is the backbone of a transformers model
+    return [canonical(path + name) for name in _last_layers(module)], False
 
 
-def _layers(model: nn.Module) -> list[str]:
-    """Paths of a model's layers outside the blocks, without embeddings and norms."""
-    blocks = [p for p, m in model.named_modules() if p and isinstance(m, nn.ModuleList)]
-    return [
+def _children(module: nn.Module) -> list[str]:
+    return [*module._parameters, *module._buffers, *module._modules]
+
+
+def _declared_head(path: str, module: nn.Module) -> list[str]:
+    """Paths of all that lies beside the backbone that a module names, if it names one."""
+    backbone = getattr(module, "base_model_prefix", "")
+    if not isinstance(module._modules.get(backbone), nn.Module):
+        return []
+    return [canonical(path + name) for name in _children(module) if name != backbone]
+
+
+def _last_layers(model: nn.Module) -> list[str]:
+    """Paths of the last layer, and of those just before it that read the same input."""
+    layers, found = _layers(model), []
+    for path, layer in reversed(layers.items()):
+        if found and not (_siblings(path, found[0]) and _alike(layer, layers[found[0]])):
+            break
+        found.insert(0, path)
+    return found
+
+
+def _siblings(one: str, other: str) -> bool:
+    return one.rpartition(".")[0] == other.rpartition(".")[0]
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two linear layers may read the same input, and neither the output of the other."""
+    if not (isinstance(one, nn.Linear) and isinstance(other, nn.Linear)):
+        return False
+    width = one.in_features
+    return width == other.in_features and width not in (one.out_features, other.out_features)
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's layers outside the blocks, without embeddings and norms, by path."""
+    blocks = [
         path
+        for path, module in model.named_modules()
+        if path
+        and isinstance(module, nn.ModuleList)
+        and not all(_alike(layer, module[-1]) for layer in module)
+    ]
+    return {
+        path: module
         for path, module in model.named_modules()
         if path
         and not module._modules
         and _holds_parameters(module)
         and not (_is_embedding(path, module) or _is_norm(module) or within(path, blocks))
-    ]
+    }
 
 
 def _holds_parameters(module: nn.Module) -> bool:

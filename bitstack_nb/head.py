@@ -125,11 +125,12 @@ def labelled(model: nn.Module, pattern: Head, labels: Sequence[str], *, seed: st
     Weights are normal with the model's ``initializer_range``, biases 0.
     """
     head = resized(model, pattern, len(labels))
+    name, path, _ = _output(model, pattern)
+    output = head.parts[name].get_submodule(path) if path else head.parts[name]
     digest = hashlib.sha256(seed.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     config = getattr(_owner(model, head.parts), "config", None)
     deviation = getattr(config, "initializer_range", None) or 0.02
-    *_, output = _output(model, head)
     weight = torch.empty(output.weight.shape, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         output.weight.copy_(weight.normal_(0.0, deviation, generator=generator))

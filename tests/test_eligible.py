@@ -86,6 +86,7 @@ class Eligibility(unittest.TestCase):
         for name in (
             *("classifiers", "pre_classifier", "heads", "mlp_head", "task_scores", "Logits"),
             *("out", "output_layer", "last", "last_linear", "final_layer", "fc", "cls"),
+            *("head1", "classifier_2", "head_of_topics"),
         ):
             with self.subTest(name), self.assertNoLogs("bitstack_nb", "WARNING"):
                 model = tiny.renamed(name)
@@ -135,6 +136,30 @@ class Eligibility(unittest.TestCase):
                 self.assertFalse([name for name in masks if name.startswith(f"{layer}.")])
                 with self.assertNoLogs("bitstack_nb", "WARNING"):
                     BitStack(model, exclude=[layer])
+
+    def test_several_heads(self):
+        """A wrapper's own beside that of the model in it, and last layers of one input."""
+        answers = {"topic": nn.Linear(4, 3), "mood": nn.Linear(4, 2)}
+        beside = nn.ModuleDict({"model": tiny.bert(), "topic_head": nn.Linear(16, 2)})
+        for expected, model in {
+            ("model.classifier", "topic_head"): beside,
+            ("head_a", "head_b"): nn.ModuleDict(
+                {"body": nn.Linear(4, 4), "head_a": nn.Linear(4, 2), "head_b": nn.Linear(4, 2)}
+            ),
+            ("topic", "mood"): nn.ModuleDict({"body": nn.Linear(4, 4), **answers}),
+            ("tasks.topic", "tasks.mood"): nn.ModuleDict(
+                {"body": nn.Linear(4, 4), "tasks": nn.ModuleDict(answers)}
+            ),
+            ("tasks.0", "tasks.1"): nn.ModuleDict(
+                {"body": nn.Linear(4, 4), "tasks": nn.ModuleList(answers.values())}
+            ),
+        }.items():
+            with self.subTest(expected):
+                names = [f"{path}.{own}" for path in expected for own in ("weight", "bias")]
+                self.assertEqual(list(head_parameters(model)), names)
+        with self.assertLogs("bitstack_nb", "WARNING") as logs:
+            BitStack(model)
+        self.assertIn("the last layers 'tasks.0', 'tasks.1' are taken for it", logs.output[0])
 
     def test_no_head_is_said(self):
         tied = tiny.plain()

@@ -171,6 +171,18 @@ class Adapters(RecallCase, LockedCase):
         for name, value in backbone(inner).items():
             self.assertTrue(torch.equal(value, base[name]), name)
 
+    def test_a_new_head_has_its_weights(self):
+        """PEFT keeps the head twice, and another number of labels makes the trained one anew."""
+        tasks = ExactRecall(self.model, 0.3)
+        tasks.begin("a", labels=["yes", "no"])
+        (weight,) = (
+            p
+            for n, p in self.model.named_parameters()
+            if n.endswith("classifier.modules_to_save.default.weight")
+        )
+        self.assertEqual(weight.shape, (2, 16))
+        self.assertTrue(0.01 < float(weight.std()) < 0.04)
+
     def test_wrappers_that_compute_more_are_refused(self):
         for config in (
             peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2),

@@ -57,12 +57,10 @@ def load_backbone(name: str, *, max_length: int, seed: int, pooling: str | None 
         name: ``"tiny-gpt2"`` (135 thousand weights, pretrained on synthetic texts), a local folder,
             or a name on the Hub.
         max_length: texts are cut to this many tokens.
-        seed: of the random weights: those that the files lack, usually the head, or all of the
-            tiny GPT-2. The global random state is left as found.
-        pooling: what the head reads, see :class:`bitstack_nb.data.pooling.Pooled`; None keeps the
-            classifier that transformers has for the architecture.
         seed: of the weights that the files lack, usually the head's, which are random. The global
             random state is left as found.
+        pooling: what the head reads, see :class:`bitstack_nb.data.pooling.Pooled`; None keeps the
+            classifier that transformers has for the architecture.
 
     Raises:
         BackboneError: the name is unknown, gated or out of reach; the folder lacks a model or a

@@ -21,16 +21,16 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from bitstack_nb import bankfiles, router
+from bitstack_nb.encoding import Encoder
 from bitstack_nb.examples import Examples, Text, as_text, read_examples
 from bitstack_nb.features import mean_pooled
 from bitstack_nb.learning import (
     HEAD_LEARNING_RATE,
     LEARNING_RATE,
-    Rows,
     default_arguments,
     train_open_task,
 )
-from bitstack_nb.pretrained import collator, positions, prepare, tokenized
+from bitstack_nb.pretrained import prepare
 from bitstack_nb.recall import Diverged, ExactRecall
 from bitstack_nb.rng import undisturbed_rng
 from bitstack_nb.trainer import unwrap_forward
@@ -83,24 +83,19 @@ class TaskBank:
         base: dict[str, Any],
     ) -> None:
         self.recall, self.model, self.tokenizer, self.base = recall, model, tokenizer, base
-        self.max_length = min(MAX_LENGTH, self._limit) if max_length is None else max_length
-        self._length(self.max_length)
-        self._collate = collator(model, tokenizer)
+        self._encoder = Encoder(model, tokenizer)
+        self.max_length = min(MAX_LENGTH, self._encoder.limit)
+        self.max_length = self._length(max_length)
         self._lock = threading.RLock()
         self._routers: dict[bool, router.Router] = {}  # of tasks that read pairs, and of others
         self._measured: dict[str, dict[str, float]] = {}  # by task, what evaluate() found
-
-    @property
-    def _limit(self) -> int:
-        """The number of tokens that the model can read."""
-        return min(positions(self.model) or MAX_LENGTH, self.tokenizer.model_max_length)
 
     def _length(self, max_length: int | None) -> int:
         """A number of tokens to cut texts at, the bank's if there is none given."""
         if max_length is None:
             return self.max_length
-        if not isinstance(max_length, int) or not 1 <= max_length <= self._limit:
-            limit = self._limit
+        limit = self._encoder.limit
+        if not isinstance(max_length, int) or not 1 <= max_length <= limit:
             raise ValueError(f"max_length is {max_length!r}, expected 1 to {limit} tokens")
         return max_length
 
@@ -264,8 +259,11 @@ class TaskBank:
         held = self._of_task(eval_dataset, data, "eval_dataset")
         length = self._length(max_length)
         with self._lock, undisturbed_rng(self.model.device), self._ends_on_base():
-            rows, held_rows = self._rows(data, length), held and self._rows(held, length)
-            loader = self._batches(rows, batch_size, seed=seed or 0)
+            rows = self._encoder.rows(data.texts, length, data.labels)
+            held_rows = held and self._encoder.rows(held.texts, length, held.labels)
+            order = torch.Generator().manual_seed(seed or 0)
+            how = {"shuffle": True, "generator": order, "collate_fn": self._encoder.collate}
+            loader = DataLoader(rows, batch_size, **how)
             self.recall.begin(name, data.names, loader=loader, seed=seed)
             part = self._part(data, held)
             with tempfile.TemporaryDirectory() as folder:
@@ -276,7 +274,7 @@ class TaskBank:
                     self.model,
                     rows,
                     held=held_rows,
-                    collate=self._collate,
+                    collate=self._encoder.collate,
                     args=args or default_arguments(folder, **given),
                     rates=(lr, head_lr),
                     callbacks=callbacks,
@@ -295,6 +293,8 @@ class TaskBank:
     @contextmanager
     def _ends_on_base(self) -> Iterator[None]:
         """After the block the model is the base, in evaluation mode, and no task is open."""
+        if self.recall.is_open:  # in a callback of the Trainer
+            raise RuntimeError("the bank is learning a task: wait until it is learned")
         try:
             yield
         finally:
@@ -303,24 +303,6 @@ class TaskBank:
             self.recall.switch(None)
             unwrap_forward(self.model)
             self.model.eval()
-
-    def _rows(self, data: Examples, max_length: int) -> Rows:
-        """Encoded examples for the Trainer."""
-        rows = self._encoded(data.texts, max_length)
-        return [{**row, "labels": n} for row, n in zip(rows, data.labels, strict=True)]
-
-    def _encoded(self, texts: Sequence[Text], max_length: int) -> Rows:
-        columns = zip(*texts, strict=True) if isinstance(texts[0], tuple) else [texts]
-        encoded = tokenized(self.tokenizer, *columns, max_length=max_length)
-        names = [name for name in self.tokenizer.model_input_names if name in encoded]
-        values = zip(*(encoded[name] for name in names), strict=True)
-        return [dict(zip(names, row, strict=True)) for row in values]
-
-    def _batches(self, rows: Rows, size: int, *, seed: int) -> DataLoader:
-        order = torch.Generator().manual_seed(seed)
-        return DataLoader(
-            rows, batch_size=size, shuffle=True, generator=order, collate_fn=self._collate
-        )
 
     def _of_task(self, data: Any, task: Examples, what: str) -> Examples | None:
         """Other examples of a task that is learned from ``task``."""
@@ -380,7 +362,8 @@ class TaskBank:
     def features(self, texts: Sequence[Text]) -> torch.Tensor:
         """What the router sees of texts or of pairs: ``[texts, size]``, mean-pooled on the base."""
         with self._lock:
-            order, batches = self._sorted(self._encoded(texts, self.max_length), BATCH_SIZE)
+            rows = self._encoder.rows(texts, self.max_length)
+            order, batches = self._encoder.batches(rows, BATCH_SIZE)
             with self.recall.using(None) as model:
                 return mean_pooled(model, batches).cpu()[order.argsort()]
 
@@ -475,23 +458,14 @@ class TaskBank:
             if isinstance(text, tuple) != notes["pairs"]:
                 kind = f"pairs ({', '.join(notes['text'])})" if notes["pairs"] else "single texts"
                 raise ValueError(f"task {name!r} reads {kind}, but got {text!r:.60}")
-        rows = self._encoded(texts, notes["max_length"])
-        order, batches = self._sorted(rows, batch_size)
+        rows = self._encoder.rows(texts, notes["max_length"])
+        order, batches = self._encoder.batches(rows, batch_size)
         training = self.model.training
         with self.recall.using(name) as model:
             model.eval()
             found = [model(**batch).logits.float().softmax(1).cpu() for batch in batches]
             model.train(training)
         return torch.cat(found)[order.argsort()]
-
-    def _sorted(
-        self, rows: Rows, batch_size: int
-    ) -> tuple[torch.Tensor, Iterator[dict[str, torch.Tensor]]]:
-        """The order of rows by length, and their batches in it, on the model's device."""
-        order = torch.tensor([len(row["input_ids"]) for row in rows]).argsort(stable=True)
-        parts = ([rows[n] for n in part.tolist()] for part in order.split(batch_size))
-        device = self.model.device
-        return order, ({n: t.to(device) for n, t in self._collate(p).items()} for p in parts)
 
     # Which task is a text of? -------------------------------------------------------------------
 

@@ -10,14 +10,13 @@ import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from bitstack_nb.encoding import Rows
 from bitstack_nb.recall import ExactRecall
 from bitstack_nb.trainer import ExactRecallCallback
 
 # Chosen on held-out texts of five tasks, with MiniLM-L6 and 1 % random own weights: half and twice
 # the rate of own weights gave less (results/tuning/evidence).
 LEARNING_RATE, HEAD_LEARNING_RATE = 8e-3, 1e-2
-
-Rows = list[dict[str, Any]]
 
 
 def default_arguments(

@@ -113,7 +113,8 @@ class TaskBank:
         """A saved bank, or an empty one on a pretrained backbone.
 
         Args:
-            name: a folder or a Hub name, of a bank or of a backbone.
+            name: a folder or a Hub name, of a bank or of a backbone. The backbone ``tiny-gpt2`` is
+                in the package.
             base: where a saved bank's backbone is, if not where it was.
             revision: the commit or branch on the Hub.
             sparsity, max_length: of a new bank; a saved one keeps its own.

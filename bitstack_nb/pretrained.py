@@ -1,4 +1,4 @@
-"""A pretrained sequence classifier and its tokenizer, from a folder or the Hugging Face Hub.
+"""A pretrained sequence classifier and its tokenizer: from the Hub, a folder or the package.
 
 Scope: finding the files, loading them quietly, and recording which bytes they were; padding and
 loss set up for one label per text; encoded rows padded into batches.
@@ -30,8 +30,10 @@ from transformers.utils import logging as transformers_logging
 
 from bitstack_nb.files import sha256
 from bitstack_nb.hub import TIMEOUT, first_line, hub_errors
+from bitstack_nb.settings import TINY
 
 CONFIG = "config.json"
+TINY_FOLDER = Path(__file__).parent / "data" / "tiny"  # written by data/pretrain_tiny.py
 # The files that transformers reads, all at the top level of a repository.
 _SETTINGS = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
 _WEIGHTS = (  # the first kind that a repository has
@@ -55,7 +57,7 @@ def load_pretrained(
     Weights that the files lack are initialised from torch's global generator.
 
     Args:
-        name: a local folder, or a name on the Hub.
+        name: ``"tiny-gpt2"``, a local folder, or a name on the Hub.
         revision: the commit or branch on the Hub; the newest commit if not given.
         tokenizer: the folder of its tokenizer, if that is another.
 
@@ -67,8 +69,9 @@ def load_pretrained(
     """
     folder = locate(name, revision=revision)
     source = {"source": "hub", "revision": folder.name}
-    if Path(name).expanduser().is_dir():
-        source = {"source": "folder", "sha256": _weight_digests(folder)}
+    if name == TINY or Path(name).expanduser().is_dir():
+        kind = "package" if name == TINY else "folder"
+        source = {"source": kind, "sha256": _weight_digests(folder)}
     safe = {"trust_remote_code": False}  # else transformers asks whether to run the model's code
     try:
         with quiet():
@@ -247,14 +250,14 @@ def locate(name: str, *, revision: str | None = None, marks: Sequence[str] = (CO
     """The local folder of a model or a bank, downloaded if it is a Hub name.
 
     Args:
-        name: a local folder, or a name on the Hub.
+        name: ``"tiny-gpt2"`` (in the package), a local folder, or a name on the Hub.
         revision: the commit or branch on the Hub; the newest commit if not given.
         marks: the files of which it has at least one.
 
     Raises:
         BackboneError: there is no such folder or name, or it has none of the files.
     """
-    folder = Path(name).expanduser()
+    folder = TINY_FOLDER if name == TINY else Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / mark).is_file() for mark in marks):
             raise BackboneError(

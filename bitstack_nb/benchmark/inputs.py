@@ -14,10 +14,11 @@ from datasets import Dataset
 
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.strategies import all_strategies
-from bitstack_nb.data.backbones import TINY_FOLDER, Backbone, encode, load_backbone
+from bitstack_nb.data.backbones import Backbone, encode, load_backbone
 from bitstack_nb.data.loading import TaskData, load_task
-from bitstack_nb.data.tasks import TINY
 from bitstack_nb.files import sha256
+from bitstack_nb.pretrained import TINY_FOLDER
+from bitstack_nb.settings import TINY
 
 # Runs that differ in their strategy have the same samples, which are not read anew for each.
 _load_once = lru_cache(maxsize=32)(load_task)

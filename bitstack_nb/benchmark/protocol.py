@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitstack_nb.benchmark.strategies import all_strategies
-from bitstack_nb.data.tasks import EVALUATIONS, FIVE_TASKS, SAMPLINGS, TINY, Task, find_task
-from bitstack_nb.settings import BUDGETS, IMPORTANCES, MODES, POOLINGS, RANDOM
+from bitstack_nb.data.tasks import EVALUATIONS, FIVE_TASKS, SAMPLINGS, Task, find_task
+from bitstack_nb.settings import BUDGETS, IMPORTANCES, MODES, POOLINGS, RANDOM, TINY
 
 if TYPE_CHECKING:
     from bitstack_nb.benchmark.strategy import Strategy

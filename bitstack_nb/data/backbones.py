@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,7 +15,6 @@ import torch
 import transformers
 
 from bitstack_nb.data.pooling import Pooled
-from bitstack_nb.data.tasks import TINY
 from bitstack_nb.pretrained import (
     BackboneError,
     collator,
@@ -25,8 +23,6 @@ from bitstack_nb.pretrained import (
     prepare,
     tokenized,
 )
-
-TINY_FOLDER = Path(__file__).with_name("tiny")  # written by pretrain_tiny.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +68,7 @@ def load_backbone(name: str, *, max_length: int, seed: int, pooling: str | None 
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed every GPU, which the fork leaves out.
         torch.default_generator.manual_seed(seed)
-        model, tokenizer, source = load_pretrained(str(TINY_FOLDER) if name == TINY else name)
-        source = source | ({"source": "package"} if name == TINY else {})
+        model, tokenizer, source = load_pretrained(name)
     limit = positions(model)
     if limit is not None and max_length > limit:
         raise BackboneError(

@@ -14,8 +14,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from bitstack_nb.data.backbones import TINY_FOLDER
 from bitstack_nb.data.embedded import embedded_corpus, embedded_vocabulary
+from bitstack_nb.pretrained import TINY_FOLDER
 
 STEPS, BATCH_SIZE, LEARNING_RATE, MAX_LENGTH = 2000, 64, 4e-3, 64
 

@@ -15,7 +15,6 @@ from typing import Any
 from bitstack_nb.data.errors import DataError
 
 SAMPLINGS = ("stratified", "head")  # how rows are chosen; see load_task
-TINY = "tiny-gpt2"  # the package's backbone, which knows only the words of synthetic texts
 EVALUATIONS = ("test", "heldout")  # where the test sample comes from
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file
 
+from bitstack_nb import TaskBank
 from bitstack_nb.data import load_backbone
-from bitstack_nb.data.backbones import TINY_FOLDER
 from bitstack_nb.data.embedded import embedded_corpus, embedded_split
 from bitstack_nb.data.pretrain_tiny import pretrain, tiny_config, tiny_tokenizer, write
 from bitstack_nb.data.tasks import FIVE_TASKS
 from bitstack_nb.files import sha256
+from bitstack_nb.pretrained import TINY_FOLDER
 
 DIGEST = "25af1ea3ddbec0d114c2297a3f7015de48531ebf0df0d57abd0739f93025b199"
 
@@ -58,3 +59,13 @@ def test_no_text_of_the_corpus_is_a_row_of_a_task():
         for row in embedded_split(task.name, split)
     }
     assert not rows.intersection(corpus)
+
+
+def test_a_task_bank_knows_it_by_name_wherever_the_package_is(tmp_path):
+    bank = TaskBank.from_pretrained("tiny-gpt2", device="cpu")
+    bank.learn("words", [("good", "yes"), ("bad", "no"), ("slow", "no")], epochs=1, progress=False)
+    bank.save_pretrained(tmp_path)
+    assert '"name": "tiny-gpt2"' in (tmp_path / "bank.json").read_text()
+    assert str(TINY_FOLDER) not in (tmp_path / "bank.json").read_text()
+    again = TaskBank.from_pretrained(tmp_path, device="cpu")
+    assert again.predict(["bad"], task="words") == bank.predict(["bad"], task="words")

@@ -35,9 +35,10 @@ class KeptInFiles:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in ``path``'s folder (made if missing) that then replaces ``path``.
 
-    If the block raises, ``path`` is left as it was and the temporary file is removed.
+    ``~`` is the home folder. If the block raises, ``path`` is left as it was and the temporary
+    file is removed.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)

@@ -189,7 +189,8 @@ def write_tensors(path: str | os.PathLike[str], tensors: Tensors, metadata: dict
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[Tensors, dict[str, str]]:
     """The tensors and the metadata of a safetensors file; errors as in :func:`read`."""
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     try:
         with safe_open(path, framework="pt") as file:

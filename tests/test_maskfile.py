@@ -2,10 +2,12 @@
 
 import gc
 import json
+import os
 import random
 import re
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import tiny
 import torch
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bitstack_nb
-from bitstack_nb import BitStack, maskfile
+from bitstack_nb import BitStack, ExactRecall, maskfile
 from bitstack_nb.guard import LockedWeightsMoved
 from bitstack_nb.importance import choose, random_scores
 from bitstack_nb.maskfile import MaskFileError
@@ -91,6 +93,15 @@ class RoundTrip(FileCase):
         loaded.restore()
         moved = tiny.changed(other, before)["blocks.0.up.weight"]
         self.assertTrue(torch.equal(moved, ~stack.masks["blocks.0.up.weight"]))
+
+    def test_home_is_expanded(self):
+        folder = Path(self.path).parent
+        tasks = ExactRecall(tiny.plain())
+        with mock.patch.dict(os.environ, HOME=str(folder)):
+            for kept, kind in ((self.locked(), BitStack), (tasks, ExactRecall)):
+                kept.save("~/deeper/kept")
+                self.assertTrue((folder / "deeper" / "kept").is_file())
+                kind.load("~/deeper/kept", tiny.plain())
 
     def test_values_are_those_of_locking_in_every_dtype(self):
         """Although the model has moved since; special values too."""

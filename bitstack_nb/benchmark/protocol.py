@@ -234,8 +234,8 @@ def _check(item: Field, value: Any) -> None:
     least, above = limits.get("least"), limits.get("above")
     if "choices" in limits and value not in limits["choices"]:
         expected = f"one of {', '.join(limits['choices'])}"
-    elif limits.get("whole") and not (isinstance(value, Integral) and value >= least):
-        expected = f"a whole number, at least {least}"
+    elif limits.get("whole") and not (isinstance(value, Integral) and least <= value < 2**63):
+        expected = f"a whole number, at least {least} and below 2**63"
     elif least is not None and not (isinstance(value, Real) and least <= value < float("inf")):
         expected = f"a number from {least} on"
     elif above is not None and not (isinstance(value, Real) and above < value < float("inf")):

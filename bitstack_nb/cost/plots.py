@@ -18,10 +18,11 @@ def write_cost_figures(report: CostReport, folder: str | os.PathLike[str]) -> li
     """Write the table of a report and the figure of how costs grow to ``folder``."""
     table = f"{format_table(cost_table(report).round(3))}\n"
     contents = {"cost_growth.png": png(cost_growth(report)), "tables.md": table.encode()}
+    folder = Path(folder).expanduser()
     for name, content in contents.items():
-        with replacing(Path(folder) / name) as temporary:
+        with replacing(folder / name) as temporary:
             temporary.write_bytes(content)
-    return [Path(folder) / name for name in contents]
+    return [folder / name for name in contents]
 
 
 @styled

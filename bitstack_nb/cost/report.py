@@ -75,7 +75,7 @@ class CostReport:
     def load(cls, path: str | os.PathLike[str]) -> CostReport:
         """Read a saved report; a ResultError names any other file."""
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
             if record.pop("format") != FORMAT:
                 raise ValueError("another format")
             return cls(**record)

@@ -110,7 +110,8 @@ def write_figures(
     if not contents:
         raise ResultError("; ".join(f"no figure {name}: {why}" for name, why in left_out.items()))
     contents["tables.md"] = tables_text(results).encode()
-    return [_written(Path(folder) / name, content) for name, content in contents.items()], left_out
+    folder = Path(folder).expanduser()
+    return [_written(folder / name, content) for name, content in contents.items()], left_out
 
 
 def _written(file: Path, content: bytes) -> Path:

@@ -53,7 +53,9 @@ class Retraining:
     ) -> None:
         global _running
         stop_running()
-        self._files = [Path(output) / f"{protocol.name}.json" for protocol in protocols]
+        self._files = [
+            Path(output).expanduser() / f"{protocol.name}.json" for protocol in protocols
+        ]
         self._on_progress, self._on_end = on_progress, on_end
         self._stopped = False
         # A clone that was not installed is found by its path.

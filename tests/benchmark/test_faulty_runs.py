@@ -49,6 +49,7 @@ def test_any_seed_that_a_person_types(tmp_path, strategy):
         ({"epochs": float("inf")}, "epochs is inf, expected a number above 0"),
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
         ({"seed": -1}, "seed is -1.*at least 0"),
+        ({"seed": 2**63}, r"seed is 9223372036854775808.*below 2\*\*63"),
         ({"seed": 0.5}, "seed is 0.5.*whole"),
     ],
 )

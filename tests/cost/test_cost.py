@@ -65,9 +65,10 @@ def report():
     return CostReport(device="cpu", model={"layers": 1}, costs=costs, growth=growth)
 
 
-def test_a_report_comes_back_whole(report, tmp_path):
-    report.save(tmp_path / "cpu.json")
-    assert CostReport.load(tmp_path / "cpu.json") == report
+def test_a_report_comes_back_whole(report, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    report.save("~/cpu.json")
+    assert CostReport.load("~/cpu.json") == CostReport.load(tmp_path / "cpu.json") == report
     (tmp_path / "cpu.json").write_text('{"format": 1}')
     with pytest.raises(ResultError, match=r"cpu\.json is no cost report"):
         CostReport.load(tmp_path / "cpu.json")

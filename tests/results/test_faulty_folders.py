@@ -43,7 +43,8 @@ def test_byte_order_marks_do_no_harm(tmp_path):
 
 def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    run().save(tmp_path / "runs" / "a.json")
+    run().save("~/runs/a.json")
+    assert (tmp_path / "runs" / "a.json").exists()
     assert load_results("~/runs") == [Result.load("~/runs/a.json")] == [run()]
 
 

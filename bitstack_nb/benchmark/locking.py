@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ class Locking(Strategy):
     """Locks weights with a :class:`BitStack`; subclasses say which after a stage."""
 
     settings = ("sparsity", "budget", "n_batches", "importance", "importance_mode", "head_steps")
+    tiny: ClassVar = {"learning_rate": 2e-3}
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:
         super().__init__(model, protocol)

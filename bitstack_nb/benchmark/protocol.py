@@ -63,7 +63,7 @@ class Protocol:
     max_length: int = _setting(48, "tokens a text is cut at")
     epochs: float = _setting(3, "passes over each task's training sample", above=0)
     batch_size: int = _setting(32, "examples per step", above=0)
-    learning_rate: float = _setting(2e-3, "rate of AdamW, with a linear schedule per task", above=0)
+    learning_rate: float = _setting(1e-3, "rate of AdamW, with a linear schedule per task", above=0)
     weight_decay: float = _setting(0.01, "weight decay of AdamW", least=0)
     warmup_steps: int = _setting(
         10, "steps at the start of a task in which the rates rise", whole=True, least=0

@@ -34,6 +34,7 @@ SMALL = Protocol(
     max_length=24,
     epochs=1,
     batch_size=16,
+    learning_rate=2e-3,
 )
 TWO = replace(SMALL, tasks=SMALL.tasks[:2])
 MEAN = replace(SMALL, pooling="mean")

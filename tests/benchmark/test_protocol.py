@@ -10,7 +10,12 @@ from bitstack_nb import Protocol, run
 from bitstack_nb.benchmark import PRESETS, all_strategies, strategies, strategy_names
 
 SMALL = Protocol(
-    tasks=("imdb", "ag_news", "dbpedia"), train_size=64, test_size=56, epochs=1, batch_size=16
+    tasks=("imdb", "ag_news", "dbpedia"),
+    train_size=64,
+    test_size=56,
+    epochs=1,
+    batch_size=16,
+    learning_rate=2e-3,
 )
 # Also tests/results/test_recorded.py: every recorded run has the name of its protocol.
 NAMED = {
@@ -61,14 +66,15 @@ def test_a_protocol_comes_back_from_its_record(strategy):
 
 
 def test_rates_on_the_tiny_backbone_are_the_strategys_own_unless_they_were_changed():
+    smoke = Protocol()
     for strategy in all_strategies():
-        assert SMALL.with_strategy(strategy).with_strategy("finetune") == SMALL
+        assert smoke.with_strategy(strategy).with_strategy("finetune") == smoke
     recall = all_strategies()["recall"].tiny
-    assert SMALL.with_strategy("recall").learning_rate == recall["learning_rate"]
-    assert replace(SMALL, learning_rate=0.5).with_strategy("recall").learning_rate == 0.5
-    assert SMALL.with_strategy("recall", learning_rate=0.5).learning_rate == 0.5
-    real = replace(SMALL, model="folder", data="folder").with_strategy("recall")
-    assert (real.learning_rate, real.sparsity) == (SMALL.learning_rate, Protocol.sparsity)
+    assert smoke.with_strategy("recall").learning_rate == recall["learning_rate"]
+    assert replace(smoke, learning_rate=0.5).with_strategy("recall").learning_rate == 0.5
+    assert smoke.with_strategy("recall", learning_rate=0.5).learning_rate == 0.5
+    real = replace(smoke, model="folder", data="folder").with_strategy("recall")
+    assert (real.learning_rate, real.sparsity) == (smoke.learning_rate, Protocol.sparsity)
 
 
 def test_every_strategy_says_how_it_is_shown():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ class Single(Strategy):
     """Every task is fine-tuned from the base: an upper bound, at a backbone of storage per task."""
 
     name, label, order, colour = "single", "separate models", 100, "#222222"
+    tiny: ClassVar = {"learning_rate": 2e-3}
     drifts = False
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-import pandas as pd
-
 from bitstack_nb.benchmark.curves import CurveRecorder, LockCurves
 from bitstack_nb.figures.locks import OUTSIDE, short_names
 from bitstack_nb.figures.methods import task_names
@@ -70,19 +68,14 @@ class LockView:
         curves = recorder.curves()
         return cls(curves, ("the next task",), stats["total"], source, *settings, live=True)
 
-    def numbers(self, sparsity: float, *, budget: str) -> pd.DataFrame:
-        """Weights over the whole model, a row per task: ``selected``, ``added``, ``locked``."""
-        counts = self.curves.counts(sparsity, budget)
-        frame = pd.DataFrame({name: count.sum(axis=1) for name, count in counts.items()})
-        return frame.set_axis(pd.RangeIndex(1, len(frame) + 1, name="task"))
-
     def to_record(self) -> dict[str, Any]:
         """All that the explorer's page shows of it, JSON-able.
 
         ``cells`` are layers and modules, each with its place among the ``rows`` and ``columns`` of
         the heatmap. ``curves`` are those of the record of ``LockCurves``, by task and cell. By
-        level of sparsity: ``sums``, the columns of ``numbers`` for each budget; ``overlap`` of the
-        tasks' choices in %; and ``file``, the bytes of one task's own weights.
+        level of sparsity: ``sums``, the weights of the whole model that each task chose, added
+        and had locked, for each budget; ``overlap`` of the tasks' choices in %; and ``file``, the
+        bytes of one task's own weights.
         """
         levels = self.curves.sparsities
         modules = [module for layer, module, _ in self.curves.cells if layer is not None]
@@ -115,7 +108,10 @@ class LockView:
             },
             "overlap": [(100 * self.curves.overlap(s)).round(2).tolist() for s in levels],
             "sums": {
-                budget: [self.numbers(s, budget=budget).T.to_numpy().tolist() for s in levels]
+                budget: [
+                    [count.sum(axis=1).tolist() for count in self.curves.counts(s, budget).values()]
+                    for s in levels
+                ]
                 for budget in BUDGETS
             },
             "file": [own_bytes(round(s * eligible), eligible) for s in levels],

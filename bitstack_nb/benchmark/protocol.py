@@ -204,6 +204,16 @@ class Protocol:
             defaults |= {n: _on_tiny(new, n) for n in {*defaults, *shared} - kept}
         return replace(self, strategy=strategy, **{**defaults, **settings})
 
+    def with_chosen(self, strategy: str, **settings: Any) -> Protocol:
+        """As ``with_strategy``, with the settings that were chosen for the strategy.
+
+        A pretrained backbone gets those that were chosen on MiniLM-L6 (results/README.md), if the
+        rate of full fine-tuning does not suit the strategy. ``settings`` come first.
+        """
+        tiny = settings.get("model", self.model) == TINY
+        chosen = {} if tiny else _strategy(strategy).chosen(settings)
+        return self.with_strategy(strategy, **{**chosen, **settings})
+
 
 def _on_tiny(strategy: type[Strategy], name: str) -> Any:
     """A strategy's setting for the tiny GPT-2."""

@@ -58,6 +58,14 @@ class Strategy:
     def check(cls, protocol: Protocol) -> None:
         """Raise a ValueError for settings of its own that cannot be meant."""
 
+    @classmethod
+    def chosen(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings for a pretrained backbone, if full fine-tuning's rate does not suit.
+
+        ``given`` are settings that have been decided.
+        """
+        return {}
+
     @staticmethod
     def stages(n_tasks: int) -> list[list[int]]:
         """Task indices that are trained on together, stage by stage."""

@@ -7,6 +7,9 @@ __getattr__, __dir__, __all__ = attach(
     {
         "to_install": "first_cell",
         "describe": "first_cell",
+        "learn": "texts",
+        "answers": "texts",
+        "three_texts": "texts",
         "report": "checks",
         "plan": "planning",
         "duration": "planning",

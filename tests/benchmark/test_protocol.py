@@ -77,6 +77,21 @@ def test_rates_on_the_tiny_backbone_are_the_strategys_own_unless_they_were_chang
     assert (real.learning_rate, real.sparsity) == (smoke.learning_rate, Protocol.sparsity)
 
 
+def test_chosen_settings_are_those_of_minilm_or_of_the_tiny_backbone():
+    """As recorded in results/evidence."""
+    real = replace(SMALL, model="folder", data="folder")
+    for sparsity, rate in {0.01: 8e-3, 0.02: 4e-3, 0.05: 2e-3}.items():
+        recall = real.with_chosen("recall", sparsity=sparsity)
+        assert (recall.learning_rate, recall.head_learning_rate) == (rate, 1e-2)
+        assert recall.importance == "random"
+    assert real.with_chosen("recall").sparsity == 0.01
+    assert real.with_chosen("recall", learning_rate=0.5).learning_rate == 0.5
+    assert real.with_chosen("lora").learning_rate == 2e-3
+    for strategy in ("finetune", "bitstack", "replay", "single"):
+        assert real.with_chosen(strategy) == real.with_strategy(strategy)
+    assert SMALL.with_chosen("recall") == SMALL.with_strategy("recall")
+
+
 def test_every_strategy_says_how_it_is_shown():
     strategies = all_strategies()
     assert sorted(strategies) == strategy_names()  # a file has its strategy's name

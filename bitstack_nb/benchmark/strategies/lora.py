@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +42,10 @@ class LoRA(Strategy):
             torch.manual_seed(protocol.seed)
             for task in range(len(protocol.tasks)):
                 inject_adapter_in_model(config, model.base_model, _adapter(task))
+
+    @classmethod
+    def chosen(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {"learning_rate": 2e-3, "head_learning_rate": 1e-2}
 
     def before_stage(self, number: int, loader: Batches) -> None:
         self._show(number)  # the only adapter that is trained

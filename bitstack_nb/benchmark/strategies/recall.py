@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -42,6 +43,13 @@ class Recall(Strategy):
     def check(cls, protocol: Protocol) -> None:
         importance, known = protocol.importance or "gradient", (*IMPORTANCES, RANDOM)
         check_settings(protocol.sparsity, importance=importance, importances=known)
+
+    @classmethod
+    def chosen(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        share = given.get("sparsity", 0.01)
+        rate = float(f"{8e-5 / share:.0e}")  # fewer weights need larger steps
+        own = {"sparsity": share, "importance": RANDOM}
+        return own | {"learning_rate": rate, "head_learning_rate": 1e-2}
 
     def callbacks(self) -> list[TrainerCallback]:
         return [self._tasks.callback()]

@@ -52,7 +52,7 @@ class TaskBank:
         sparsity: share of the eligible weights that a task owns.
         max_length: tokens that a text is cut at. None takes 256, or what the model can read.
         name: of the backbone, a Hub name or a folder; ``from_pretrained`` fills it in.
-        revision: the commit on the Hub.
+        revision: the commit on the Hub, if the model does not know it.
 
     Attributes:
         model, tokenizer, max_length: as above.
@@ -70,6 +70,7 @@ class TaskBank:
         revision: str | None = None,
     ) -> None:
         name = name or model.name_or_path or type(model).__name__
+        revision = revision or getattr(model.config, "_commit_hash", None)
         prepare(model, tokenizer, name)
         recall = ExactRecall(model.eval(), sparsity)
         self._fill(recall, model, tokenizer, max_length, {"name": name, "revision": revision})

@@ -28,12 +28,14 @@ from bitstack_nb.hub import hub_errors
 from bitstack_nb.maskfile import MaskFileError
 from bitstack_nb.pretrained import CONFIG, BackboneError, load_pretrained, locate, prepare, quiet
 from bitstack_nb.recall import ExactRecall
+from bitstack_nb.settings import TINY
 
 if TYPE_CHECKING:
     from bitstack_nb.bank import TaskBank
 
 RECORD, TASKS, BASE, CARD = "bank.json", "bank.safetensors", "base", "README.md"
 FORMAT, VERSION = "bitstack-bank", 1
+_LISTED = {"name", "labels", "digest", "measured"}  # what is said of every task
 OURS = "<!-- Written by TaskBank. Without this line the next save leaves this page as it is. -->"
 
 
@@ -120,10 +122,10 @@ def _record_in(folder: Path) -> dict[str, Any]:
     """What ``bank.json`` says."""
     path = folder / RECORD
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         told = {**record["base"]}
         fits = record["format"] == FORMAT and isinstance(record["max_length"], int)
-        fits = fits and all("name" in task for task in record["tasks"])
+        fits = fits and all(task.keys() >= _LISTED for task in record["tasks"])
         fits = fits and isinstance(told["name"], str) and {"revision", "digest"} <= told.keys()
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise MaskFileError(f"{path} is damaged: {type(error).__name__}: {error}") from error
@@ -159,7 +161,7 @@ def save(bank: TaskBank, folder: Path, *, include_base: bool) -> None:
     record["base"]["included"] = (folder / BASE).is_dir()
     bank.recall.save(folder / TASKS)
     _write(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    if not (folder / CARD).exists() or OURS in (folder / CARD).read_text():
+    if not (folder / CARD).exists() or OURS in (folder / CARD).read_text(encoding="utf-8"):
         _write(folder / CARD, card(record))
 
 
@@ -172,7 +174,7 @@ def _beside(folder: Path) -> Iterator[Path]:
 
 def _write(path: Path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _record(bank: TaskBank) -> dict[str, Any]:
@@ -208,9 +210,9 @@ def push(
     message: str,
 ) -> str:
     """Upload a bank; see :meth:`bitstack_nb.bank.TaskBank.push_to_hub`."""
-    if not include_base and Path(bank.base["name"]).expanduser().exists():
+    if not include_base and bank.base["revision"] is None and bank.base["name"] != TINY:
         raise ValueError(
-            f"the base is the folder {bank.base['name']}, which nobody else has: "
+            f"the base {bank.base['name']} was not loaded from the Hub, so others may not have it: "
             "include_base=True copies it"
         )
     api, instead = HfApi(token=token), "save_pretrained(folder) keeps the bank here"

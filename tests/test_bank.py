@@ -326,7 +326,8 @@ class Folder(BankCase):
 
     def test_damaged_or_missing_files(self):
         folder = self.saved()
-        for content in ("{", "[]", "{}", '{"format": "bitstack-bank", "base": {}}'):
+        tasks = '{"format": "bitstack-bank", "max_length": 9, "base": {}, "tasks": ["name"]}'
+        for content in (tasks, "{", "[]", "{}", '{"format": "bitstack-bank", "base": {}}'):
             whole = (folder / "bank.json").read_text()
             (folder / "bank.json").write_text(content)
             with self.assertRaisesRegex(ValueError, "bank.json is damaged"):

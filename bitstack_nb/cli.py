@@ -162,16 +162,21 @@ def _write_explorer(results: Sequence[Path], output: Path) -> None:
 def _cost(options: argparse.Namespace) -> None:
     from bitstack_nb import cost
     from bitstack_nb.benchmark.training import find_device
-    from bitstack_nb.results.tables import format_table
+    from bitstack_nb.results.tables import format_table, markdown
 
     device = find_device(options.device).type
     path = options.output / f"{device}.json"
     report = cost.CostReport.load(path) if path.exists() else cost.CostReport(device=device)
-    rounds = {} if options.rounds is None else {"rounds": options.rounds}
-    getattr(cost, f"measure_{options.part}")(report, progress=not options.quiet, **rounds)
+    names = ("rounds", "model", "data")
+    given = {name: v for name in names if (v := getattr(options, name)) is not None}
+    if options.part != "bank" and given.keys() & {"model", "data"}:
+        raise ValueError(f"cost {options.part} takes no --model and no --data, cost bank does")
+    getattr(cost, f"measure_{options.part}")(report, progress=not options.quiet, **given)
     report.save(path)
     if report.costs:
         print(f"\n{format_table(cost.cost_table(report).round(3))}\n")
+    if report.bank:
+        print(f"\n{markdown(cost.bank_table(report))}\n")
     print(f"In full: {path}")
 
 
@@ -325,9 +330,16 @@ def _add_figures(commands: argparse._SubParsersAction) -> None:
 def _add_cost(commands: argparse._SubParsersAction) -> None:
     text = "measure what locking costs in time and memory, on GPT-2's architecture"
     parser = _add(commands, "cost", text, _cost, "results/cost-here")
-    text = "costs (of locking) if not given; recall: exact recall's; growth: over sizes and tasks"
-    parts = ("costs", "recall", "growth")
+    text = (
+        "costs (of locking) if not given; recall: exact recall's; bank: a task bank beside peft's "
+        "adapters; growth: over sizes and tasks"
+    )
+    parts = ("costs", "recall", "bank", "growth")
     parser.add_argument("part", choices=parts, nargs="?", default="costs", help=text)
+    text = "of bank: a folder or a Hub name; MiniLM's architecture if not given"
+    parser.add_argument("--model", metavar="NAME", help=text)
+    text = "of bank: hub, embedded or a folder; embedded if not given"
+    parser.add_argument("--data", metavar="NAME", help=text)
     parser.add_argument("--rounds", type=int, metavar="N", help="measurements of each time")
     _add_device(parser)
 

@@ -6,7 +6,9 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "CostReport": "report",
+        "bank_table": "bank",
         "cost_table": "report",
+        "measure_bank": "bank",
         "measure_costs": "report",
         "measure_growth": "report",
         "measure_recall": "report",

@@ -23,7 +23,7 @@ _RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6
 def importing(*, rounds: int = 5) -> measure.Times:
     """The import of ``BitStack`` (``ours``), and ``base``: the import of torch."""
     code = {"base": "import torch", "ours": "from bitstack_nb import BitStack"}
-    works = {name: measure.Work(lambda line=line: _run(line)) for name, line in code.items()}
+    works = {name: measure.Work(lambda line=line: run_python(line)) for name, line in code.items()}
     return measure.take_turns(works, rounds=rounds, device="cpu")
 
 
@@ -130,10 +130,11 @@ def _memory(field: str) -> float:
 
 
 def _python(code: str) -> str:
-    return _run(f"from bitstack_nb.cost import processes; {code}")
+    return run_python(f"from bitstack_nb.cost import processes; {code}")
 
 
-def _run(code: str) -> str:
+def run_python(code: str) -> str:
+    """Run code in a new process that has this package; its output."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         check=True,

@@ -1,7 +1,7 @@
 """The costs of one machine: measured, kept as JSON, and shown in a table beside their limits.
 
 ``python -m bitstack_nb cost`` measures the costs of locking, ``cost recall`` those of exact recall,
-``cost growth`` how both grow.
+``cost growth`` how both grow. ``cost bank`` is in ``bank``.
 """
 
 from __future__ import annotations
@@ -55,13 +55,16 @@ class CostReport:
         model: layers, width, parameters and eligible weights of the measured GPT-2.
         costs: by the names of LIMITS: ``value``, and for times ``seconds`` (per work, a number per
             round) and ``plain`` (the ratio of the plain implementation, if it has one).
+        bank: ``settings``; ``found``, by cost and by label; ``seconds``, by cost and by label, a
+            number per round.
         growth: records with ``what``, ``parameters``, ``tasks`` and ``ratio``.
-        provenance: by part (``costs``, ``recall``, ``growth``), as in a ``Result``.
+        provenance: by part (``costs``, ``recall``, ``bank``, ``growth``), as in a ``Result``.
     """
 
     device: str
     model: dict[str, Any] = field(default_factory=dict)
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bank: dict[str, dict[str, Any]] = field(default_factory=dict)
     growth: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
 

@@ -24,11 +24,12 @@ from bitstack_nb.cost import adapters, measure, processes
 from bitstack_nb.cost.adapters import Bank, Kept, LoRA, MergedLoRA, MergedSHiRA, SHiRA
 from bitstack_nb.cost.measure import Times, Work, take_turns
 from bitstack_nb.cost.report import CostReport
-from bitstack_nb.data.backbones import TINY, load_backbone
+from bitstack_nb.data.backbones import load_backbone
 from bitstack_nb.data.loading import load_task
 from bitstack_nb.data.tasks import find_task
 from bitstack_nb.pretrained import load_pretrained
 from bitstack_nb.results.provenance import provenance
+from bitstack_nb.settings import TINY
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -172,12 +172,12 @@ def _costs(place: _Place, rounds: int) -> Iterator[Row]:
     yield _ratios("load base and tasks / load base", _loads(place, rounds=(rounds + 1) // 2))
     again = _in_a_new_process(place)
     equal = {label: _equal(before[label], again[label]) for label in again}
-    yield "answers in a new process: same bits", equal, None
+    yield "old answers in a new process: same bits", equal, None
     equal = {label: _equal(before[label], _answers(k, place)) for label, k in place.kept.items()}
-    yield "old answers after all this: same bits", equal, None
+    yield "old answers after other tasks: same bits", equal, None
     moved = {label: _moved(kept, place) for label, kept in place.kept.items()}
     yield "weights of the base that have moved, %", moved, None
-    yield "heads of 2, 4 and 14 labels without own code", _own_heads(place), None
+    yield "loads heads of 2, 4 and 14 labels by itself", _own_heads(place), None
 
 
 def _ratios(name: str, times: Times) -> Row:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from bitstack_nb.figures.methods import method
 from bitstack_nb.figures.report import summary
-from bitstack_nb.results.frames import frame
 from bitstack_nb.results.pairs import paired_table
 from bitstack_nb.results.result import Result, ResultError
 
@@ -31,36 +30,48 @@ def brief(results: Iterable[Result]) -> pd.DataFrame:
 def conclusions(results: Iterable[Result]) -> list[str]:
     """Up to two sentences: BitStack against fine-tuning, and exact recall against the bounds.
 
-    A method with several configurations, or without a partner on the same seeds, is left out.
+    Seeds that one of the compared methods lacks are left out. So is a method with several
+    configurations, or without a partner on the same seeds.
     """
     results = list(results)
-    first = _clauses(results, "bitstack", {"finetune": ("forgetting", "average_accuracy")})
-    bounds = {"single": ("average_accuracy",), "probe": ("average_accuracy",)}
-    second = _clauses(results, "recall", bounds)
-    if second:
-        second = [_forgets(results, "recall"), *second]
-    return [
-        f"{_seeds(results)}, {method(name).label} {_joined(clauses)}."
-        for name, clauses in (("bitstack", first), ("recall", second))
-        if clauses
+    bounds = {"single": ["average_accuracy"], "probe": ["average_accuracy"]}
+    sentences = (
+        _sentence(results, "bitstack", {"finetune": ["forgetting", "average_accuracy"]}),
+        _sentence(results, "recall", bounds),
+    )
+    return list(filter(None, sentences))
+
+
+def _sentence(results: list[Result], strategy: str, against: dict[str, list[str]]) -> str | None:
+    """One method compared with others by some metrics."""
+    runs = {name: [r for r in results if r.protocol["strategy"] == name] for name in against}
+    runs = {name: found for name, found in runs.items() if found}
+    own = [r for r in results if r.protocol["strategy"] == strategy]
+    shared = set.intersection(*({r.protocol["seed"] for r in f} for f in (own, *runs.values())))
+    own, *others = ([r for r in f if r.protocol["seed"] in shared] for f in (own, *runs.values()))
+    clauses = [
+        clause
+        for name, found in zip(runs, others, strict=True)
+        for clause in _clauses([*own, *found], name, against[name])
     ]
+    if not clauses:
+        return None
+    if not any("forgetting" in metrics for metrics in against.values()):
+        clauses.insert(0, _forgets(own))
+    seeds = f"On seed {min(shared)} alone" if len(shared) == 1 else f"Over {len(shared)} seeds"
+    return f"{seeds}, {method(strategy).label} {_joined(clauses)}."
 
 
-def _clauses(
-    results: list[Result], strategy: str, against: dict[str, tuple[str, ...]]
-) -> list[str]:
-    """Comparisons of one strategy with others, by metric."""
-    found = []
-    for baseline, metrics in against.items():
-        own = [r for r in results if r.protocol["strategy"] in (strategy, baseline)]
-        try:
-            table = paired_table(own, baseline)
-        except ResultError:  # no pairs
-            continue
-        if len(table) == 1:
-            row = table.iloc[0]
-            found += [_clause(m, row[m], row[f"{m}_interval"], baseline) for m in metrics]
-    return found
+def _clauses(results: list[Result], baseline: str, metrics: list[str]) -> list[str]:
+    """Comparisons of one strategy with the baseline, by metric; none if it has no pairs."""
+    try:
+        table = paired_table(results, baseline)
+    except ResultError:
+        return []
+    if len(table) > 1:
+        return []
+    row = table.iloc[0]
+    return [_clause(name, row[name], row[f"{name}_interval"], baseline) for name in metrics]
 
 
 def _clause(metric: str, mean: float, half: float, baseline: str) -> str:
@@ -76,15 +87,10 @@ def _clause(metric: str, mean: float, half: float, baseline: str) -> str:
     return f"{verb} {number} points {words[int(mean > 0)]} {other}{left_open}"
 
 
-def _forgets(results: list[Result], strategy: str) -> str:
-    values = [r.metrics["forgetting"] for r in results if r.protocol["strategy"] == strategy]
+def _forgets(results: list[Result]) -> str:
+    values = [result.metrics["forgetting"] for result in results]
     mean = sum(values) / len(values)
     return f"forgets {f'{mean:.1f} points' if any(values) else 'nothing'}"
-
-
-def _seeds(results: list[Result]) -> str:
-    seeds = frame(results)["seed"].unique()
-    return f"On seed {seeds[0]} alone" if len(seeds) == 1 else f"Over {len(seeds)} seeds"
 
 
 def _joined(clauses: list[str]) -> str:

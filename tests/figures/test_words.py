@@ -67,6 +67,12 @@ def test_seeds_give_an_interval_and_say_what_it_leaves_open():
     assert found.endswith("ends 0.2 ± 1.9 points above fine-tuning (not settled).")
 
 
+def test_seeds_that_a_method_lacks_are_left_out():
+    results = [of("finetune", seed, accuracy=60.0, forgetting=10.0) for seed in range(2)]
+    (found,) = conclusions([*results, of("bitstack", 1, accuracy=61.0, forgetting=9.0)])
+    assert found.startswith("On seed 1 alone, BitStack forgets 1.0 points less than fine-tuning")
+
+
 def test_methods_without_a_partner_or_with_several_settings_are_left_out():
     assert conclusions([of("bitstack", accuracy=1.0), of("probe", accuracy=1.0)]) == []
     two = [run("bitstack", sparsity=share) for share in (0.1, 0.2)]

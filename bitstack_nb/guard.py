@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -158,6 +158,12 @@ class Guard:
                 "not supported. Exclude heads that are swapped "
                 "(exclude=[...]), or save the stack and load it onto the model as it is now"
             )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a stack's callback cannot be pickled, because it belongs to a live model: use "
+            "save(path) and load(path, model) of the stack, and make another callback"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
         # torch copies no gradient hooks, so the copy makes its own.

@@ -222,6 +222,8 @@ class Refusals(LockedCase):
             for call in (pickle.dumps, lambda kept: torch.save(kept, os.devnull)):
                 with self.assertRaisesRegex(TypeError, rf"{kind}.*save\(path\).*{kind}\.load"):
                     call(kept)
+            with self.assertRaisesRegex(TypeError, r"cannot be pickled.*save\(path\)"):
+                pickle.dumps(kept.callback())
             self.assertEqual(copy.deepcopy(kept).stats(), kept.stats())
         pickle.dumps(model)
 

@@ -9,10 +9,12 @@ __getattr__, __dir__, __all__ = attach(
         "bank_table": "bank",
         "cost_table": "report",
         "measure_bank": "bank",
+        "cost_findings": "report",
         "measure_costs": "report",
         "measure_growth": "report",
         "measure_recall": "report",
         "cost_growth": "plots",
+        "cost_ratios": "plots",
         "write_cost_figures": "plots",
     },
 )

@@ -1,4 +1,4 @@
-"""The figure of how costs grow, and the files of a cost report."""
+"""The figures of costs: measured times, and how they grow; and the files of a cost report."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections import Counter
 from pathlib import Path
 
 from bitstack_nb.cost.report import LIMITS, CostReport, cost_table
-from bitstack_nb.figures.style import COLOURS, GREY, Figure, png, styled
+from bitstack_nb.figures.methods import method
+from bitstack_nb.figures.style import COLOURS, GREY, Figure, note, png, styled
 from bitstack_nb.files import replacing
 from bitstack_nb.results.result import ResultError
 from bitstack_nb.results.tables import format_table
+
+_DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
 def write_cost_figures(report: CostReport, folder: str | os.PathLike[str]) -> list[Path]:
@@ -23,6 +26,45 @@ def write_cost_figures(report: CostReport, folder: str | os.PathLike[str]) -> li
         with replacing(folder / name) as temporary:
             temporary.write_bytes(content)
     return [folder / name for name in contents]
+
+
+@styled
+def cost_ratios(report: CostReport) -> Figure:
+    """Each measured time as a multiple of the work that it is compared with, and its limit.
+
+    Raises:
+        ResultError: the report has no times.
+    """
+    times = {name: report.costs[name] for name in LIMITS if "seconds" in report.costs.get(name, {})}
+    if not times:
+        raise ResultError("this report has no times: measure them with measure_costs")
+    figure = Figure(1.5 + 0.55 * len(times))
+    ax = figure.subplots()
+    for row, (name, found) in enumerate(times.items()):
+        colour = method("recall" if name.startswith("recall") else "bitstack").colour
+        _, limit = LIMITS[name]
+        ax.plot([limit] * 2, [row - 0.35, row + 0.35], color=GREY, linestyle="--")
+        if "plain" in found:
+            ax.plot(found["plain"], row, "o", color=colour, markersize=8, markerfacecolor="none")
+        ax.plot(found["value"], row, "o", color=colour, markersize=8)
+    if max(max(found["value"], found.get("plain", 0)) for found in times.values()) > 3:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+    else:
+        ax.set_xlim(left=0)
+    ax.axvline(1, color=GREY, linewidth=1)
+    ax.set_yticks(
+        range(len(times)), [f"{name}\nagainst {LIMITS[name][0]}" for name in times], size=9
+    )
+    ax.set_ylim(len(times) - 0.4, -0.6)
+    ax.secondary_yaxis("right").set_yticks(
+        range(len(times)), [f"{found['value']:.2f}" for found in times.values()]
+    )
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel("times as long (1: equally long)")
+    figure.suptitle(f"Times of BitStack and exact recall on a {_DEVICES[report.device]}")
+    note(figure, "numbers: filled dots; hollow: the plain implementation; dashed: limit")
+    return figure
 
 
 @styled

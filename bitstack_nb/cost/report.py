@@ -182,6 +182,21 @@ def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def cost_findings(report: CostReport) -> list[str]:
+    """The report in a few sentences; costs that were not measured are left out."""
+    found = {name: cost["value"] for name, cost in report.costs.items()}
+    said = {
+        "training step": "A locked step takes {:.2f} times as long as a plain one.",
+        "update": "An update takes {:.2f} times as long as the passes over its batches.",
+        "recall step": "A step of exact recall takes {:.2f} times as long as a plain one.",
+        "mask in memory": "A mask takes {:.2f} bits per eligible weight.",
+    }
+    sentences = [text.format(found[name]) for name, text in said.items() if name in found]
+    above = [name for name, (_, limit) in LIMITS.items() if found.get(name, 0) > limit]
+    missed = f"{len(above)} of {len(found)} costs are above their limits"
+    return [*sentences, f"{missed}: {', '.join(above)}." if above else f"{missed}."]
+
+
 def measure_growth(
     report: CostReport,
     sizes: Sequence[tuple[int, int]] = ((4, 192), (6, 320), (12, 512), (12, 768), (24, 1024)),

@@ -8,7 +8,9 @@ import pytest
 
 from bitstack_nb.cost import (
     CostReport,
+    cost_findings,
     cost_growth,
+    cost_ratios,
     cost_table,
     measure,
     measure_growth,
@@ -79,6 +81,23 @@ def test_the_table_says_which_cost_is_above_its_limit(report):
     assert list(table.index) == list(LIMITS)
     assert not table.loc["update", "within"]
     assert table["within"].sum() == len(LIMITS) - 1
+
+
+def test_the_findings_name_the_costs_above_their_limits(report):
+    assert "An update takes 2.00 times as long as the passes over its batches." in (
+        found := cost_findings(report)
+    )
+    assert found[-1] == f"1 of {len(LIMITS)} costs are above their limits: update."
+    assert cost_findings(CostReport(device="cpu", costs={"import": {"value": 1.0}})) == [
+        "0 of 1 costs are above their limits."
+    ]
+
+
+def test_ratios_are_drawn_with_limit_and_plain_implementation(report):
+    ax = cost_ratios(report).axes[0]
+    assert [list(line.get_xdata()) for line in ax.lines[:3]] == [[1.08] * 2, [3.0], [2.0]]
+    with pytest.raises(ResultError, match="no times"):
+        cost_ratios(CostReport(device="cpu"))
 
 
 def test_growth_is_drawn_against_parameters_and_tasks(report, tmp_path):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from bitstack_nb.benchmark.protocol import PRESETS, PUBLISHED_CODE, Protocol
 from bitstack_nb.benchmark.strategies import all_strategies, strategy_names
 from bitstack_nb.cli_bank import add_bank
-from bitstack_nb.data.tasks import AG_NEWS_BINARY, SEQUENCES, TASKS, Task, find_task
+from bitstack_nb.data.tasks import SEQUENCES, TASKS, Task, find_task
 
 if TYPE_CHECKING:
     from bitstack_nb.results.result import Result
@@ -244,10 +244,11 @@ def parser() -> argparse.ArgumentParser:
     _add_runs(
         commands,
         "stronger",
-        "IMDB, then AG News as two classes, on a stronger backbone",
+        "AG News, then DBpedia, on a stronger backbone; each new head first trains alone",
         preset="quick",
         model=["distilbert-base-uncased"],
-        tasks=[(find_task("imdb"), AG_NEWS_BINARY)],
+        tasks=[(find_task("ag_news"), find_task("dbpedia"))],
+        head_steps=[32],
     )
     _add_sweep(commands)
     _add_figures(commands)

@@ -90,7 +90,7 @@ def test_settings_that_are_not_given_are_as_in_the_preset():
     assert settings(stronger, "model", "strategy") == [
         (model, strategy) for model in ("a", "b") for strategy in ("finetune", "bitstack")
     ]
-    assert {tuple(task.name for task in p.tasks) for p in stronger} == {("imdb", "ag_news_binary")}
+    assert {tuple(task.name for task in p.tasks) for p in stronger} == {("ag_news", "dbpedia")}
     code = asked("run", "--preset", "published-code", "--strategy", "bitstack,finetune,recall")
     names = ("model", "sampling", "budget", "importance_mode")
     rest = ("gpt2", "head", None, None)

@@ -91,6 +91,7 @@ def differences(own, others, metric="average_accuracy") -> list[float]:
 
 
 METHODS = {
+    "linear probe": ("probe", {}),
     "fine-tuning": ("finetune", {}),
     "replay": ("replay", {}),
     "BitStack, 12 %": ("bitstack", {"sparsity": 0.12}),
@@ -120,6 +121,7 @@ def kept(run) -> str:
 
 RECALL = ("recall", {"sparsity": 0.05, "importance": "random"})
 FINDINGS = [
+    ("ends {} points above separate", EVIDENCE, ("probe", {}), ("single", {}), "average_accuracy"),
     ("BitStack** ends {}", EVIDENCE, ("single", {}), ("bitstack", {}), "average_accuracy"),
     ("It ends {} above", EVIDENCE, ("bitstack", {}), ("finetune", {}), "average_accuracy"),
     ("forgets {} points more", EVIDENCE, ("bitstack", {}), ("finetune", {}), "forgetting"),

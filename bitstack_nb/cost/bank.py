@@ -89,7 +89,7 @@ def bank_table(report: CostReport) -> pd.DataFrame:
     def text(value: Any) -> str:
         if value is None or isinstance(value, bool):
             return {None: "–", True: "yes", False: "no"}[value]
-        return f"{value:.3g}"
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
     rows = report.bank["found"].items()
     cells = [[name, *(text(found.get(label)) for label in LABELS)] for name, found in rows]

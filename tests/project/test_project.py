@@ -11,12 +11,12 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from bitstack_nb.cli import parser
-from bitstack_nb.cost.report import CostReport, cost_table
+from bitstack_nb.cost import CostReport, bank_table, cost_table
 from bitstack_nb.data.backbones import load_backbone
 from bitstack_nb.figures import mechanism
 from bitstack_nb.results.metrics import mean_interval
 from bitstack_nb.results.result import load_results
-from bitstack_nb.results.tables import format_table
+from bitstack_nb.results.tables import format_table, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -146,13 +146,31 @@ def test_a_finding_is_what_was_recorded(sentence, folder, one, other, metric):
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/cost/*.json")), ids=lambda f: f.name)
 def test_the_costs_are_shown_as_they_were_recorded(file):
     report = CostReport.load(file)
-    assert {*report.provenance} - {"recall"} == {"costs", "growth"}
+    assert {*report.provenance} - {"recall", "bank"} == {"costs", "growth"}
     for origin in report.provenance.values():
         assert origin["git"]["dirty"] is False
         assert "python -m bitstack_nb cost" in origin["command"]
-    assert format_table(cost_table(report).round(3)) in (ROOT / "docs" / "cost.md").read_text()
+    page = (ROOT / "docs" / "cost.md").read_text()
+    assert format_table(cost_table(report).round(3)) in page
+    if report.bank:
+        assert markdown(bank_table(report)) in page
     ratio = f"takes {report.costs['training step']['value']:.2f} times"
     assert ratio.removeprefix("takes ") in README
+
+
+BESIDE_PEFT = [
+    "file of a task with head, kB",
+    "pass of one text / plain pass",
+    "3 texts of 3 tasks / plain pass",
+    "switch to a task, ms",
+    "old answers after other tasks: same bits",
+    "loads heads of 2, 4 and 14 labels by itself",
+]
+
+
+def test_the_table_beside_peft_is_what_was_recorded():
+    table = bank_table(CostReport.load(ROOT / "results" / "cost" / "cpu.json"))
+    assert markdown(table[table[""].isin(BESIDE_PEFT)]) in README
 
 
 def test_the_picture_shows_both_methods():
@@ -169,14 +187,20 @@ def code(page: str, heading: str) -> str:
     return re.search(r"```python\n(.*?)```", text, re.S)[1]
 
 
-USERS = ["For a student", "For an engineer", "For a researcher", "The guarantee"]
+USERS = [
+    ("README.md", "For a student"),
+    ("README.md", "For an engineer"),
+    ("README.md", "For a researcher"),
+    ("README.md", "The guarantee"),
+    ("docs/bank.md", "With your own training loop"),
+]
 
 
-@pytest.mark.parametrize("user", USERS)
-def test_the_readmes_code_runs(user, given, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "user"), USERS)
+def test_the_code_of_a_page_runs(page, user, given, tmp_path, monkeypatch):
     (tmp_path / "results").symlink_to(ROOT / "results")
     monkeypatch.chdir(tmp_path)
-    exec(code("README.md", user), given)
+    exec(code(page, user).replace("distilbert-base-uncased", given["backbone"]), given)
 
 
 def test_a_task_of_ones_own_makes_a_protocol():
@@ -210,6 +234,7 @@ def given(folders, tmp_path) -> dict:
     make_batch = DataCollatorWithPadding(backbone.tokenizer)
     rows = data["reviews"].remove_columns("text")
     return {
+        "backbone": str(folders["bert"]),
         "Trainer": Trainer,
         "torch": torch,
         "model": backbone.model,
@@ -217,5 +242,6 @@ def given(folders, tmp_path) -> dict:
         "args": arguments,
         "collate": make_batch,
         "batch": make_batch(rows.to_list()),
+        "held_out": data["reviews"],
         **data,
     }

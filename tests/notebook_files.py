@@ -4,8 +4,8 @@
 another repository on GitHub, without running anything.
 
 Solutions of their exercises are notebooks too. All run on the preset smoke. Outputs that differ
-from run to run are left out: timings, the kernel's version, widgets (they need the kernel) and
-stderr (progress bars).
+from run to run are left out: timings, the kernel's version, widgets (they need the kernel), stderr
+(progress bars) and the Trainer's tables, which show the time.
 """
 
 import os
@@ -74,6 +74,13 @@ def set_repository(name: str, root: Path = ROOT) -> None:
         file.write_text(re.sub(rf"(github(?:\.com)?/){old}(?![\w.-])", rf"\g<1>{name}", text))
 
 
+def _stays(output: nbformat.NotebookNode) -> bool:
+    """Whether an output is the same in each run."""
+    data = output.get("data", {})
+    timed = output.get("name") == "stderr" or "<progress" in data.get("text/html", "")
+    return not timed and WIDGET not in data
+
+
 def refresh(file: Path) -> None:
     """Run a notebook and write it with new outputs; an error leaves the file as it was."""
     notebook = read(file)
@@ -87,11 +94,7 @@ def refresh(file: Path) -> None:
     ).execute()
     notebook.metadata = metadata(file)
     for cell in code_cells(notebook):
-        cell.outputs = [
-            output
-            for output in cell.outputs
-            if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
-        ]
+        cell.outputs = [output for output in cell.outputs if _stays(output)]
     nbformat.write(notebook, file)
 
 

@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = attach(
         "task_overlap": "locks",
         "own_weights": "locks",
         "mechanism": "picture",
+        "chosen_tasks": "routing",
         "named": "report",
         "summary": "report",
         "write_figures": "report",

@@ -17,6 +17,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from bitstack_nb.figures import accuracy, locks
+from bitstack_nb.figures.routing import chosen_tasks
 from bitstack_nb.figures.style import Figure, png
 from bitstack_nb.results.result import ResultError
 
@@ -29,6 +30,7 @@ for draw in (
     locks.capacity,
 ):
     FIGURES[f"{draw.__name__}, 20 tasks"] = (draw, toy.MANY_TASKS)
+FIGURES["chosen_tasks"] = (chosen_tasks, {"reviews": ["reviews", None], "questions": ["news"]})
 FIGURES["lock_heatmaps, 20 tasks"] = (locks.lock_heatmaps, toy.MANY_TASKS[0])
 every_figure = pytest.mark.parametrize("name", FIGURES)
 

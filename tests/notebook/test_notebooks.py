@@ -87,7 +87,7 @@ def test_title_and_badge_open_this_file_in_the_projects_repository(file):
 @each_notebook
 def test_a_notebook_links_to_its_solution(file):
     """A notebook without exercises has none."""
-    text = "".join(cell.source for cell in read(file).cells if cell.cell_type == "markdown")
+    text = "\n".join(cell.source for cell in read(file).cells if cell.cell_type == "markdown")
     solution = FOLDER / "solutions" / f"{file.stem.partition('_')[0]}_solution.ipynb"
     link = f"](solutions/{solution.name})"
     assert ("\n## Exercises\n" in text) == (link in text) == (solution in SOLUTIONS)

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "to_install": "first_cell",
         "describe": "first_cell",
+        "batches_of": "texts",
         "learn": "texts",
         "answers": "texts",
         "three_texts": "texts",

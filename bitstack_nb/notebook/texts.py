@@ -8,23 +8,40 @@ from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
 from torch import nn
+from torch.utils.data import DataLoader
+
+from bitstack_nb.data import collate, encode
+from bitstack_nb.data.backbones import Backbone
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 
 
+def batches_of(rows: Dataset, backbone: Backbone, device: torch.device) -> Batches:
+    """Tokenized batches of 32 rows on a device."""
+    loader = DataLoader(encode(rows, backbone), batch_size=32, collate_fn=collate(backbone))
+    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in loader]
+
+
 def learn(
-    model: nn.Module, batches: Batches, parameters: Iterable[Any], *, epochs: int = 3
+    model: nn.Module,
+    batches: Batches,
+    parameters: Iterable[Any],
+    *,
+    learning_rate: float = 4e-3,
+    epochs: int = 3,
 ) -> None:
     """Train with AdamW, clipped gradients, and a rate that rises for ten steps and then falls.
 
     Args:
         model: any model whose forward gives ``.loss``.
         batches: of one task.
-        parameters: to train, or groups of them. Without a rate of their own they get 2e-3.
+        parameters: to train, or groups of them.
+        learning_rate: for groups without a rate of their own.
         epochs: passes over the batches.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     steps = epochs * len(batches)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, min(10, steps // 4), steps)

@@ -37,16 +37,21 @@ from bitstack_nb.notebook import (
     planning,
     report,
     several,
+    three_texts,
     to_install,
 )
 
 REPOSITORY = repository()
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+MOST_WORDS, MOST_COLUMNS = 700, 8
 LARGEST = 1_000_000  # bytes; GitHub shows no notebook that is much larger
 # A path of the machine that ran it, or the address of an object.
 ACCIDENT = r"(?:/(?:home|root|tmp|work|content|Users)/|[A-Z]:\\)\S*|0x[0-9a-fA-F]{6,}"
 
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+LATER = ("03", "04", "05", "06")  # have no exercises yet
+lessons = [file for file in NOTEBOOKS if not file.stem.startswith(LATER)]
+each_lesson = pytest.mark.parametrize("file", lessons, ids=lambda file: file.stem)
 each_file = pytest.mark.parametrize("file", NOTEBOOKS + SOLUTIONS, ids=lambda file: file.stem)
 
 
@@ -84,13 +89,26 @@ def test_title_and_badge_open_this_file_in_the_projects_repository(file):
     assert f"[![Open in Colab]({BADGE})]({address})" in title.source
 
 
-@each_notebook
-def test_a_notebook_links_to_its_solution(file):
-    """A notebook without exercises has none."""
-    text = "\n".join(cell.source for cell in read(file).cells if cell.cell_type == "markdown")
+@each_lesson
+def test_a_lesson_says_in_short_what_it_shows_and_ends_with_exercises(file):
+    cells = read(file).cells
+    prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    assert sum(len(text.split()) for text in prose) <= MOST_WORDS
+    bullets = re.findall(r"^- \*\*(.*?)\*\*", prose[0].partition("\n## In short\n")[2], re.M)
+    assert bullets == ["You will see", "It means", "It costs"]
+    assert "](../docs/glossary.md)" in prose[0]
+    exercises = "\n".join(["", *prose]).partition("\n## Exercises\n")[2]
+    assert "Predict, then run." in exercises and "\n1. " in exercises
     solution = FOLDER / "solutions" / f"{file.stem.partition('_')[0]}_solution.ipynb"
-    link = f"](solutions/{solution.name})"
-    assert ("\n## Exercises\n" in text) == (link in text) == (solution in SOLUTIONS)
+    assert f"](solutions/{solution.name})" in exercises and solution in SOLUTIONS
+
+
+@each_lesson
+def test_tables_fit(file):
+    for output in (output for cell in code_cells(read(file)) for output in cell.outputs):
+        for table in output.get("data", {}).get("text/html", "").split("<table")[1:]:
+            head = table.partition("</tr>")[0]
+            assert head.count("<th") <= 1 + MOST_COLUMNS  # one for the rows' names
 
 
 @each_file
@@ -104,6 +122,15 @@ def test_cells_have_stable_ids(file):
 def test_the_second_code_cell_holds_the_parameters(file):
     tags = [cell.metadata.get("tags", []) for cell in code_cells(read(file))]
     assert [number for number, found in enumerate(tags) if "parameters" in found] == [1]
+
+
+@each_lesson
+def test_no_parameter_is_made_of_another_one(file):
+    """papermill replaces one parameter, and what was made of it would stay as it was."""
+    nodes = ast.walk(ast.parse(code_cells(read(file))[1].source))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    given = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    assert given & {name.id for name in names if isinstance(name.ctx, ast.Load)} == set()
 
 
 @each_file
@@ -207,6 +234,27 @@ def test_a_report_passes_only_if_every_check_does():
     assert left_open.endswith("\nOPEN: no check failed, and 1 of 2 could not be decided")
     failed = report({"one": None, "two": False})
     assert "FAIL  two" in failed and failed.endswith("\nFAIL: 1 of 2 checks failed")
+
+
+def test_the_three_texts_are_forgotten_ones_with_all_answers():
+    truth = ["good", "bad", "good"]
+    said = {
+        "first": {"at first": truth, "later": ["good", "good", "good"]},
+        "second": {"at first": ["good", "bad", "bad"], "later": ["bad", "bad", "bad"]},
+    }
+    lines = three_texts(["one", "the second", "three"], truth, said).splitlines()
+    assert [line.split() for line in lines] == [
+        ["the", "second"],
+        ["the", "label", "is", "bad"],
+        ["first", "at", "first:", "bad", "later:", "good", "(wrong)"],
+        ["second", "at", "first:", "bad", "later:", "bad"],
+        [],
+        ["right", "answers", "to", "all", "3", "texts"],
+        ["first", "at", "first:", "100%", "later:", "67%"],
+        ["second", "at", "first:", "67%", "later:", "33%"],
+    ]
+    said["first"]["later"] = truth  # nothing is forgotten
+    assert three_texts(["one", "the second", "three"], truth, said).startswith("one\n")
 
 
 def test_durations_are_in_words():

@@ -203,6 +203,7 @@ def protocols(options: argparse.Namespace) -> list[Protocol]:
     preset = options.preset
     if preset == "published-code":
         preset, given = "published", {name: [v] for name, v in PUBLISHED_CODE.items()} | given
+    chosen = PRESETS[preset].with_chosen  # each method at its own rate, if none is given
     strategies = given.pop("strategy")
     owned = {name for strategy in all_strategies().values() for name in strategy.settings}
     found = []
@@ -210,7 +211,8 @@ def protocols(options: argparse.Namespace) -> list[Protocol]:
         for strategy in strategies:
             settings = getattr(all_strategies().get(strategy), "settings", ())
             for own in _combinations({name: v for name, v in given.items() if name in settings}):
-                protocol = PRESETS[preset].with_strategy(strategy, **shared, **own)
+                make = PRESETS[preset].with_strategy if "learning_rate" in given else chosen
+                protocol = make(strategy, **shared, **own)
                 found.append(protocol.shuffled() if options.shuffle_tasks else protocol)
     return found
 

@@ -99,7 +99,7 @@ def test_settings_that_are_not_given_are_as_in_the_preset():
     assert len(twenty.tasks) == 20
 
 
-def test_each_strategy_has_its_own_rate_on_the_tiny_backbone_unless_one_is_given():
+def test_each_strategy_has_its_own_rate_unless_one_is_given():
     rates = ("learning_rate", "head_learning_rate")
     both = ("run", "--strategy", "finetune,recall")
     fine, recall = settings(asked(*both), *rates)
@@ -107,7 +107,7 @@ def test_each_strategy_has_its_own_rate_on_the_tiny_backbone_unless_one_is_given
     given = settings(asked(*both, "--learning-rate", str(fine[0])), *rates)
     assert given == [fine, (fine[0], recall[1])]
     real = settings(asked(*both, "--model", "folder", "--data", "folder"), *rates)
-    assert real == [fine, fine]
+    assert real == [fine, (8e-3, 1e-2)]
 
 
 def test_costs_are_added_to_those_that_are_there(tmp_path, capsys, monkeypatch):

@@ -49,9 +49,6 @@ LARGEST = 1_000_000  # bytes; GitHub shows no notebook that is much larger
 ACCIDENT = r"(?:/(?:home|root|tmp|work|content|Users)/|[A-Z]:\\)\S*|0x[0-9a-fA-F]{6,}"
 
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-LATER = ("05",)  # has no exercises yet
-lessons = [file for file in NOTEBOOKS if not file.stem.startswith(LATER)]
-each_lesson = pytest.mark.parametrize("file", lessons, ids=lambda file: file.stem)
 each_file = pytest.mark.parametrize("file", NOTEBOOKS + SOLUTIONS, ids=lambda file: file.stem)
 
 
@@ -89,7 +86,7 @@ def test_title_and_badge_open_this_file_in_the_projects_repository(file):
     assert f"[![Open in Colab]({BADGE})]({address})" in title.source
 
 
-@each_lesson
+@each_notebook
 def test_a_lesson_says_in_short_what_it_shows_and_ends_with_exercises(file):
     cells = read(file).cells
     prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
@@ -103,7 +100,7 @@ def test_a_lesson_says_in_short_what_it_shows_and_ends_with_exercises(file):
     assert f"](solutions/{solution.name})" in exercises and solution in SOLUTIONS
 
 
-@each_lesson
+@each_notebook
 def test_tables_fit(file):
     for output in (output for cell in code_cells(read(file)) for output in cell.outputs):
         for table in output.get("data", {}).get("text/html", "").split("<table")[1:]:
@@ -124,7 +121,7 @@ def test_the_second_code_cell_holds_the_parameters(file):
     assert [number for number, found in enumerate(tags) if "parameters" in found] == [1]
 
 
-@each_lesson
+@each_notebook
 def test_no_parameter_is_made_of_another_one(file):
     """papermill replaces one parameter, and what was made of it would stay as it was."""
     nodes = ast.walk(ast.parse(code_cells(read(file))[1].source))

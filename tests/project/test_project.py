@@ -193,6 +193,7 @@ USERS = [
     ("README.md", "For a researcher"),
     ("README.md", "The guarantee"),
     ("docs/bank.md", "With your own training loop"),
+    ("docs/bank.md", "A classifier that is already fine-tuned"),
 ]
 
 

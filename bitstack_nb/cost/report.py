@@ -194,7 +194,7 @@ def cost_findings(report: CostReport) -> list[str]:
     sentences = [text.format(found[name]) for name, text in said.items() if name in found]
     above = [name for name, (_, limit) in LIMITS.items() if found.get(name, 0) > limit]
     missed = f"{len(above)} of {len(found)} costs are above their limits"
-    return [*sentences, f"{missed}: {', '.join(above)}." if above else f"{missed}."]
+    return [*sentences, f"{missed}: {'; '.join(above)}." if above else f"{missed}."]
 
 
 def measure_growth(

@@ -26,7 +26,12 @@ FOUR = [
     for strategy in ("finetune", "bitstack")
 ]
 OPTIONS = ["--tasks=imdb,ag_news", "--train-size=32", "--test-size=28", "--max-length=16"]
-OPTIONS += ["--epochs=1", "--seeds=0,1", "--strategy=finetune,bitstack"]  # the same four
+OPTIONS += [
+    "--epochs=1",
+    "--batch-size=16",
+    "--seeds=0,1",
+    "--strategy=finetune,bitstack",
+]  # the same four
 
 
 @pytest.fixture(scope="module")

@@ -143,43 +143,26 @@ AG_NEWS_BINARY = Task(  # World and Sports, or Business and Sci/Tech
     relabel=(0, 0, 1, 1),
 )
 
-_GLUE = {"dataset": "nyu-mll/glue", "label": "label"}
-MORE_TASKS: tuple[Task, ...] = (  # the test labels of GLUE are secret, and BoolQ has no test split
-    Task(
-        name="mnli",
-        config="mnli",
-        text=("premise", "hypothesis"),
-        num_labels=3,
-        pair=True,
-        test_split="validation_matched",
-        **_GLUE,
-    ),
-    Task(
-        name="qqp",
-        config="qqp",
-        text=("question1", "question2"),
-        num_labels=2,
-        pair=True,
-        test_split="validation",
-        **_GLUE,
-    ),
-    Task(
-        name="rte",
-        config="rte",
-        text=("sentence1", "sentence2"),
-        num_labels=2,
-        pair=True,
-        test_split="validation",
-        **_GLUE,
-    ),
-    Task(
-        name="sst2",
-        config="sst2",
-        text=("sentence",),
-        num_labels=2,
-        test_split="validation",
-        **_GLUE,
-    ),
+
+def _glue(name: str, *text: str, num_labels: int = 2, test_split: str = "validation") -> Task:
+    """A task of GLUE, of two texts as a pair; the labels of its test splits are secret."""
+    return Task(
+        name=name,
+        dataset="nyu-mll/glue",
+        config=name,
+        text=text,
+        label="label",
+        num_labels=num_labels,
+        pair=True if len(text) == 2 else None,
+        test_split=test_split,
+    )
+
+
+MORE_TASKS: tuple[Task, ...] = (
+    _glue("mnli", "premise", "hypothesis", num_labels=3, test_split="validation_matched"),
+    _glue("qqp", "question1", "question2"),
+    _glue("rte", "sentence1", "sentence2"),
+    _glue("sst2", "sentence"),
     Task(
         name="boolq",
         dataset="google/boolq",
@@ -187,7 +170,7 @@ MORE_TASKS: tuple[Task, ...] = (  # the test labels of GLUE are secret, and Bool
         label="answer",
         num_labels=2,
         pair=True,
-        test_split="validation",
+        test_split="validation",  # it has no test split
     ),
 )
 TASKS = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from bitstack_nb.benchmark.adapters import linear_layers
 from bitstack_nb.benchmark.protocol import Protocol
 from bitstack_nb.benchmark.strategies.single import Single
 from bitstack_nb.benchmark.strategy import Batches, Data
@@ -21,9 +21,7 @@ class Compressed(Single):
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:
         super().__init__(model, protocol)
         modules = dict(model.base_model.named_modules())
-        self._matrices = {
-            f"{n}.weight" for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)
-        }
+        self._matrices = {f"{name}.weight" for name in linear_layers(model.base_model)}
         self._others = {
             name
             for name, _ in model.base_model.named_parameters()

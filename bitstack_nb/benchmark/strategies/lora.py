@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from bitstack_nb.benchmark.adapters import Adapters, linear_layers
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.benchmark.strategy import Batches, Data, Strategy, n_bytes
+from bitstack_nb.benchmark.strategy import Data, n_bytes
 from bitstack_nb.rng import undisturbed_rng
 
 
-class LoRA(Strategy):
+class LoRA(Adapters):
     """An adapter per task, by the package peft: ``lora_alpha`` twice the rank, no dropout.
 
     Hu et al. (2021), "LoRA: Low-Rank Adaptation of Large Language Models".
@@ -23,7 +23,6 @@ class LoRA(Strategy):
 
     name, label, order, colour = "lora", "LoRA", 70, "#029E73"
     settings = ("rank", "head_steps")
-    drifts = False
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:
         super().__init__(model, protocol)
@@ -34,7 +33,6 @@ class LoRA(Strategy):
                 "strategy 'lora' needs peft 0.18 or newer: pip install -U peft"
             ) from error
         self._set_adapter = set_adapter
-        self._shown = 0
         config = _lora_config(model.base_model, protocol.rank)
         # All at once, so that the model has the same tensors at every saved stage.
         with undisturbed_rng(model.device), warnings.catch_warnings():
@@ -47,18 +45,6 @@ class LoRA(Strategy):
     def chosen(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         return {"learning_rate": 2e-3, "head_learning_rate": 1e-2}
 
-    def before_stage(self, number: int, loader: Batches) -> None:
-        self._show(number)  # the only adapter that is trained
-
-    @contextmanager
-    def model_of(self, task: int) -> Iterator[nn.Module]:
-        present = self._shown
-        self._show(task)
-        try:
-            yield self.model
-        finally:
-            self._show(present)
-
     def storage(self, data: Data) -> int:
         parameters = self.model.base_model.named_parameters()
         return n_bytes(parameter for name, parameter in parameters if ".lora_" in name)
@@ -66,9 +52,8 @@ class LoRA(Strategy):
     def best_storage(self, data: Data) -> int:
         return self.storage(data) // 2  # float32
 
-    def _show(self, task: int) -> None:
+    def activate(self, task: int) -> None:
         self._set_adapter(self.model.base_model, _adapter(task))
-        self._shown = task
 
 
 def _adapter(task: int) -> str:
@@ -79,7 +64,7 @@ def _lora_config(backbone: nn.Module, rank: int) -> Any:
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
-    layers = {n: m for n, m in backbone.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    layers = linear_layers(backbone)
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
-from transformers.pytorch_utils import Conv1D
 
+from bitstack_nb.benchmark.adapters import Adapters, linear_layers
 from bitstack_nb.benchmark.protocol import Protocol
-from bitstack_nb.benchmark.strategy import Batches, Data, Strategy
+from bitstack_nb.benchmark.strategy import Data
 from bitstack_nb.settings import check_settings
 
 
-class SHiRA(Strategy):
+class SHiRA(Adapters):
     """Sparse adapters with random masks: a share ``sparsity`` of each matrix, by the run's seed.
 
     Bhardwaj et al. (2024), "Sparse High Rank Adapters". The package peft has it too. Its layers
@@ -24,7 +23,6 @@ class SHiRA(Strategy):
 
     name, label, order, colour = "shira", "SHiRA", 80, "#882255"
     settings = ("sparsity", "head_steps")
-    drifts = False
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:
         super().__init__(model, protocol)
@@ -32,7 +30,7 @@ class SHiRA(Strategy):
         seeds = map(protocol.stage_seed, range(len(protocol.tasks)))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._layers = []
-        for layer in [m for m in backbone.modules() if isinstance(m, nn.Linear | Conv1D)]:
+        for layer in linear_layers(backbone).values():
             count = max(1, round(protocol.sparsity * layer.weight.numel()))
             every = [torch.randperm(layer.weight.numel(), generator=g) for g in generators]
             added = Added([one[:count].sort().values.to(layer.weight.device) for one in every])
@@ -44,18 +42,6 @@ class SHiRA(Strategy):
     def check(cls, protocol: Protocol) -> None:
         check_settings(protocol.sparsity)
 
-    def before_stage(self, number: int, loader: Batches) -> None:
-        self._show(number)  # the only values that are trained
-
-    @contextmanager
-    def model_of(self, task: int) -> Iterator[nn.Module]:
-        present = self._shown
-        self._show(task)
-        try:
-            yield self.model
-        finally:
-            self._show(present)
-
     def storage(self, data: Data) -> int:
         """Twelve bytes a weight, as in peft: a float32 value, its row and its column in int32."""
         return 12 * sum(own.numel() for layer in self._layers for own in layer.values)
@@ -64,8 +50,7 @@ class SHiRA(Strategy):
         """Four bytes a weight: a bf16 value, and two bytes for the gap to the position before."""
         return self.storage(data) // 3
 
-    def _show(self, task: int) -> None:
-        self._shown = task
+    def activate(self, task: int) -> None:
         for layer in self._layers:
             layer.shown = task
             for number, values in enumerate(layer.values):

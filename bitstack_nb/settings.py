@@ -9,6 +9,7 @@ BUDGETS = ("union", "fresh")
 IMPORTANCES = ("gradient", "gradient-weight", "fisher")
 MODES = ("eval", "train")  # in which the benchmark measures importance
 POOLINGS = ("cls", "mean")  # of the benchmark's classifier
+PRECISIONS = ("fp32", "bf16")
 TINY = "tiny-gpt2"  # the package's backbone, which knows only the words of synthetic texts
 RANDOM = "random"  # for exact recall; locking random weights is the method random mask
 

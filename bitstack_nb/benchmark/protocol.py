@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitstack_nb.benchmark.strategies import all_strategies
 from bitstack_nb.data.tasks import EVALUATIONS, FIVE_TASKS, SAMPLINGS, Task, find_task
-from bitstack_nb.settings import BUDGETS, IMPORTANCES, MODES, POOLINGS, RANDOM, TINY
+from bitstack_nb.settings import BUDGETS, IMPORTANCES, MODES, POOLINGS, PRECISIONS, RANDOM, TINY
 
 if TYPE_CHECKING:
     from bitstack_nb.benchmark.strategy import Strategy
@@ -95,6 +95,12 @@ class Protocol:
         "what heads read: the mean of a text's tokens, or cls, one token (the first; in decoders "
         "the last); the model's own pooling if not given; always mean for probe",
         choices=POOLINGS,
+    )
+    precision: str | None = _setting(
+        None,
+        "of training and prediction, weights stay fp32; if not given, bf16 or fp16 on a GPU, fp32 "
+        "on a CPU",
+        choices=PRECISIONS,
     )
     importance_mode: str | None = _setting(
         None,

@@ -94,7 +94,7 @@ class _Trainer(Trainer):
 def _arguments(
     protocol: Protocol, folder: str, *, seed: int, device: torch.device
 ) -> TrainingArguments:
-    half = half_precision(device)
+    half = half_precision(device, protocol.precision)
     arguments = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=protocol.batch_size,
@@ -150,7 +150,7 @@ def predict(
     """
     order = numpy.argsort(data["length"])  # then a batch needs little padding
     ordered = data.select(order.tolist())
-    half, labels = half_precision(device), []
+    half, labels = half_precision(device, protocol.precision), []
     model.eval()
     with torch.autocast(device.type, dtype=half, enabled=half is not None):
         for batch in DataLoader(ordered, batch_size=4 * protocol.batch_size, collate_fn=collate):
@@ -168,10 +168,10 @@ def predict(
     return found
 
 
-def half_precision(device: torch.device) -> torch.dtype | None:
-    """The type of autocast that training uses on a device; None on a CPU."""
-    if device.type != "cuda":
-        return None
+def half_precision(device: torch.device, precision: str | None = None) -> torch.dtype | None:
+    """The type of autocast that training uses: as set, else by the device; None is no autocast."""
+    if precision is not None or device.type != "cuda":
+        return torch.bfloat16 if precision == "bf16" else None
     # A T4 emulates bf16, slowly, and has tensor cores for fp16.
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float16

@@ -17,7 +17,7 @@ from filelock import FileLock
 from toy_data import TASK, write_toy
 
 from bitstack_nb import Protocol, Task, load_results, run, stack
-from bitstack_nb.benchmark import all_strategies, sequence, training
+from bitstack_nb.benchmark import all_strategies, sequence
 from bitstack_nb.benchmark.inputs import load_inputs
 from bitstack_nb.benchmark.training import MultiHead, predict
 from bitstack_nb.data.backbones import collate, encode, load_backbone
@@ -402,7 +402,6 @@ def test_a_mixed_batch_is_scored_by_each_rows_own_head():
 
 def test_half_precision_is_on_in_every_stage_and_evaluation(tmp_path, monkeypatch):
     """accelerate's mark on the model once kept the second Trainer from autocast."""
-    monkeypatch.setattr(training, "half_precision", lambda device: torch.bfloat16)
     dtypes = {"train": [], "evaluate": [], "update": []}
 
     def watched(what, real):
@@ -420,7 +419,7 @@ def test_half_precision_is_on_in_every_stage_and_evaluation(tmp_path, monkeypatc
     monkeypatch.setattr(sequence, "train", watched("train", sequence.train))
     monkeypatch.setattr(sequence, "predict", watched("evaluate", sequence.predict))
     monkeypatch.setattr(stack, "measure", watched("update", stack.measure))
-    run(replace(TWO.with_strategy("bitstack"), train_size=16), output=tmp_path)
+    run(replace(TWO.with_strategy("bitstack"), train_size=16, precision="bf16"), output=tmp_path)
     assert {name: set(seen) for name, seen in dtypes.items()} == {
         "train": {torch.bfloat16},
         "evaluate": {torch.bfloat16},

@@ -145,7 +145,10 @@ class TaskBank:
     @property
     def tasks(self) -> dict[str, list[str]]:
         """The names of the tasks, in the order of learning, and of their labels."""
-        return {name: list(self.recall.labels(name)) for name in self.recall.names}
+        return {name: self._labels(name) for name in self.recall.names}
+
+    def _labels(self, name: str) -> list[str]:
+        return list(self.recall.labels(name) or self.recall.notes(name)["labels"])
 
     @property
     def digests(self) -> dict[str, str]:
@@ -267,7 +270,7 @@ class TaskBank:
             how = {"shuffle": True, "generator": order, "collate_fn": self._encoder.collate}
             loader = DataLoader(rows, batch_size, **how)
             self.recall.begin(name, data.names, loader=loader, seed=seed)
-            part = self._part(data, held)
+            part = self._part(data.texts, held and held.texts)
             with tempfile.TemporaryDirectory() as folder:
                 given = {"epochs": epochs, "batch_size": batch_size, "progress": progress}
                 given |= {"seed": seed or 0, "device": self.model.device}
@@ -291,6 +294,41 @@ class TaskBank:
                 raise ValueError(f"task {name!r}: {why}. Learn it with smaller rates") from error
             self._routers.clear()
         return found
+
+    def keep(self, name: str, texts: Sequence[Text], *, max_length: int | None = None) -> None:
+        """Make the classifier that the bank was made from its first task, as it is.
+
+        For a classifier that is fine-tuned already: the task has its head, the names of its labels
+        and its answers, bit for bit.
+
+        Args:
+            name: of the task.
+            texts: some hundred of its texts, without labels, which the router learns from.
+            max_length: tokens that a text is cut at; the bank's if not given.
+
+        Raises:
+            ValueError: the model has no trained head, the bank has tasks already, or a text is no
+                string or pair.
+        """
+        model, length = self.model, self._length(max_length)
+        if type(model).__name__ not in (model.config.architectures or []):
+            raise ValueError(
+                f"{self.base['name']} is a backbone, not a fine-tuned classifier, so there is no "
+                "head to keep: learn(name, train) adds a task. A classifier that you have just "
+                "trained has to be saved (save_pretrained) and loaded from there first"
+            )
+        if self.recall.names:
+            raise ValueError(f"keep comes before learn, but the bank has {', '.join(self.tasks)}")
+        items = [as_text(text, f"text {number}") for number, text in enumerate(texts)]
+        if not items or len({type(item) for item in items}) > 1:
+            raise ValueError("texts holds none, or pairs beside single texts: give one kind")
+        with self._lock, undisturbed_rng(model.device), self._ends_on_base():
+            self.recall.begin(name)
+            about = {"pairs": isinstance(items[0], tuple), "max_length": length}
+            labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
+            notes = {"text": None, "label": None, **about, "texts": len(items), "labels": labels}
+            self.recall.close(kept=self._part(items, None)._asdict(), notes=notes)
+            self._routers.clear()
 
     @contextmanager
     def _ends_on_base(self) -> Iterator[None]:
@@ -394,7 +432,7 @@ class TaskBank:
         """
         with self._lock:
             self._check_known(name)
-            notes, names = self.recall.notes(name), self.recall.labels(name)
+            notes, names = self.recall.notes(name), self._labels(name)
             text, label = text or notes["text"], label or notes["label"]
             data = read_examples(test, text=text, label=label, names=names, what="test")
             task = None if chosen else name
@@ -442,7 +480,7 @@ class TaskBank:
             nothing = {"task": None, "label": None, "score": 0.0}
             return [dict(nothing) if top_k == 1 else [dict(nothing)] for _ in texts]
         scores = self._scores(name, texts, batch_size)
-        labels, answers = self.recall.labels(name), []
+        labels, answers = self._labels(name), []
         best = scores.topk(min(top_k or len(labels), len(labels)), dim=1)
         for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             found = [
@@ -458,7 +496,8 @@ class TaskBank:
         notes = self.recall.notes(name)
         for text in texts:
             if isinstance(text, tuple) != notes["pairs"]:
-                kind = f"pairs ({', '.join(notes['text'])})" if notes["pairs"] else "single texts"
+                columns = f" ({', '.join(notes['text'])})" if notes["text"] else ""
+                kind = f"pairs{columns}" if notes["pairs"] else "single texts"
                 raise ValueError(f"task {name!r} reads {kind}, but got {text!r:.60}")
         rows = self._encoder.rows(texts, notes["max_length"])
         order, batches = self._encoder.batches(rows, batch_size)
@@ -492,14 +531,14 @@ class TaskBank:
             self._routers[pairs] = router.Router(parts)
         return self._routers[pairs]
 
-    def _part(self, data: Examples, held: Examples | None) -> router.Part:
+    def _part(self, texts: Sequence[Text], held: Sequence[Text] | None) -> router.Part:
         """A new task's part of the router, from at most so many texts."""
 
         def some(texts: Sequence[Text]) -> torch.Tensor:
             order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
             return self.features([texts[number] for number in order[:ROUTED].tolist()])
 
-        return router.fit(some(data.texts), None if held is None else some(held.texts))
+        return router.fit(some(texts), None if held is None else some(held))
 
     def _check_known(self, name: str) -> None:
         if name not in self.recall.names:

@@ -183,12 +183,12 @@ def _record(bank: TaskBank) -> dict[str, Any]:
     tasks = [
         {
             "name": name,
-            "labels": recall.labels(name),
             "digest": digest,
             **recall.notes(name),
+            "labels": labels,
             "measured": bank.measured(name),
         }
-        for name, digest in recall.digests.items()
+        for (name, digest), labels in zip(recall.digests.items(), bank.tasks.values(), strict=True)
     ]
     return {
         "format": FORMAT,
@@ -283,12 +283,18 @@ def _row(task: dict[str, Any]) -> str:
     cells = [
         task["name"],
         labels,
-        f"{task['texts']} texts" if not task["pairs"] else f"{task['texts']} pairs",
+        _trained_on(task),
         _percent(task),
         _percent(task["measured"]),
         f"`{task['digest'][:12]}`",
     ]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _trained_on(task: dict[str, Any]) -> str:
+    if task["text"] is None:
+        return "kept as it was"
+    return f"{task['texts']} {'pairs' if task['pairs'] else 'texts'}"
 
 
 def _percent(found: dict[str, Any]) -> str:

@@ -171,6 +171,31 @@ class Learning(BankCase):
                 self.assertIn(found["epoch"], (1, 2))
                 self.assertEqual(bank.evaluate("sky", rows(SKY, 8))["accuracy"], found["accuracy"])
 
+    def test_a_fine_tuned_classifier_is_the_first_task(self):
+        learn(taught := new_bank(), "colours")
+        model, folder = taught.export("colours"), self.folder / "classifier"
+        model.save_pretrained(folder)
+        taught.tokenizer.save_pretrained(folder)
+        bank = TaskBank.from_pretrained(folder, sparsity=0.05)
+        with self.assertRaisesRegex(ValueError, "texts holds none"):
+            bank.keep("colours", [])
+        bank.keep("colours", [text for text, _ in rows(COLOURS)])
+        before = bank.predict(TEXTS, task="colours", top_k=None)
+        self.assertEqual(before, taught.predict(TEXTS, task="colours", top_k=None))
+        learn(bank, "sky")
+        loaded = TaskBank.from_pretrained(self.saved(bank))
+        self.assertIn("| kept as it was | - |", (self.folder / "bank/README.md").read_text())
+        for each in (bank, loaded):
+            self.assertEqual(each.tasks["colours"], ["it is green", "it is red"])
+            self.assertEqual(each.predict(TEXTS, task="colours", top_k=None), before)
+            self.assertEqual(each.evaluate("colours", rows(COLOURS))["texts"], 24)
+            self.assertEqual({a["task"] for a in each.route(TEXTS)} - {"colours", "sky"}, set())
+            self.assertEqual(each.verify(), 0)
+        with self.assertRaisesRegex(ValueError, "keep comes before learn"):
+            bank.keep("more", TEXTS)
+        with self.assertRaisesRegex(ValueError, "is a backbone, not a fine-tuned classifier"):
+            new_bank().keep("colours", TEXTS)
+
     def test_arguments_of_ones_own(self):
         """Half precision leaves a wrapped forward behind; answers stay those of a new process."""
         from transformers import TrainingArguments

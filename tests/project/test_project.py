@@ -233,6 +233,8 @@ def given(folders, tmp_path) -> dict:
         disable_tqdm=True,
     )
     make_batch = DataCollatorWithPadding(backbone.tokenizer)
+    for part in (backbone.model, backbone.tokenizer):
+        part.save_pretrained(tmp_path / "my-classifier")
     rows = data["reviews"].remove_columns("text")
     return {
         "backbone": str(folders["bert"]),
@@ -244,5 +246,7 @@ def given(folders, tmp_path) -> dict:
         "collate": make_batch,
         "batch": make_batch(rows.to_list()),
         "held_out": data["reviews"],
+        "texts": data["reviews"]["text"],
+        "train": data["news"],
         **data,
     }

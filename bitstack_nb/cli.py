@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 # ``figures`` draws each of these by itself: their protocols differ in more than labels can say.
 _DRAWN = (
-    "evidence ablation stronger twenty/all-tests twenty/200-tests twenty/40-tests "
+    "five-small ablation stronger twenty/all-tests twenty/200-tests twenty/40-tests "
     "earlier/plain-heads earlier/same-rate earlier/more-texts"
 )
 # The methods that ``run`` compares if none is named.
 COMPARED = ["probe", "finetune", "bitstack", "recall", "single"]
 RECORDED = tuple(Path("results", name) for name in _DRAWN.split())
-EXPLORED = (Path("results", "ablation"), Path("results", "evidence"))
+EXPLORED = (Path("results", "ablation"), Path("results", "five-small"))
 RECORDED_COSTS = Path("results", "cost")  # a file per device
 SYNTHETIC = (
     "Data: embedded, synthetic. These numbers show that the program works, not how well the method "

@@ -7,9 +7,11 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
+from matplotlib.lines import Line2D
+
 from bitstack_nb.cost.report import LIMITS, CostReport, cost_table
 from bitstack_nb.figures.methods import method
-from bitstack_nb.figures.style import COLOURS, GREY, Figure, note, png, styled
+from bitstack_nb.figures.style import GREY, Figure, png, styled
 from bitstack_nb.files import replacing
 from bitstack_nb.results.result import ResultError
 from bitstack_nb.results.tables import format_table
@@ -41,7 +43,7 @@ def cost_ratios(report: CostReport) -> Figure:
     figure = Figure(1.5 + 0.55 * len(times))
     ax = figure.subplots()
     for row, (name, found) in enumerate(times.items()):
-        colour = method("recall" if name.startswith("recall") else "bitstack").colour
+        colour = _colour(name)
         _, limit = LIMITS[name]
         ax.plot([limit] * 2, [row - 0.35, row + 0.35], color=GREY, linestyle="--")
         if "plain" in found:
@@ -63,8 +65,25 @@ def cost_ratios(report: CostReport) -> Figure:
     ax.grid(visible=False, axis="y")
     ax.set_xlabel("times as long (1: equally long)")
     figure.suptitle(f"Times of BitStack and exact recall on a {_DEVICES[report.device]}")
-    note(figure, "numbers: filled dots; hollow: the plain implementation; dashed: limit")
+    looks = {
+        "BitStack": {"color": method("bitstack").colour, "marker": "o", "linestyle": ""},
+        "exact recall": {"color": method("recall").colour, "marker": "o", "linestyle": ""},
+        "plain implementation": {
+            "color": GREY,
+            "marker": "o",
+            "linestyle": "",
+            "markerfacecolor": "none",
+        },
+        "limit": {"color": GREY, "linestyle": "--"},
+    }
+    handles = [Line2D([], [], label=label, **look) for label, look in looks.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _colour(cost: str) -> str:
+    """Of the method that a cost is of."""
+    return method("recall" if cost.startswith("recall") else "bitstack").colour
 
 
 @styled
@@ -81,7 +100,8 @@ def cost_growth(report: CostReport) -> Figure:
     ((size, _),) = Counter(row["parameters"] for row in report.growth).most_common(1)
     figure = Figure(1.6 + 2.2 * len(works))
     axes = figure.subplots(len(works), 2, sharex="col", sharey="row", squeeze=False)
-    for (left, right), what, colour in zip(axes, works, COLOURS, strict=False):
+    for (left, right), what in zip(axes, works, strict=True):
+        colour = _colour(what)
         compared, limit = LIMITS[what]
         rows = [row for row in report.growth if row["what"] == what]
         sizes = [(row["parameters"] / 1e6, row["ratio"]) for row in rows if row["tasks"] == 5]

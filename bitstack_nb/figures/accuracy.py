@@ -6,6 +6,7 @@ Means over seeds come with 95 % Student intervals (``results.metrics.mean_interv
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -126,7 +127,11 @@ def task_differences(results: Iterable[Result], baseline: str = "single") -> Fig
     minus = _differences(runs.join(final, on=_RUN), [*quantities], baseline)
     title = "Accuracy on each task at the end, difference to {}, the same seeds paired"
     title = title.format(method(baseline).label)
-    return dots(title, grouped(runs), minus, quantities, zero=True, same_scale=True)
+    parts = [name for name in tasks["task"].unique() if re.search(r"_\d+-\d+$", name)]
+    remark = (
+        f"\n{parts[0]}: these two labels of {parts[0].rpartition('_')[0]} alone" if parts else ""
+    )
+    return dots(title, grouped(runs), minus, quantities, zero=True, same_scale=True, remark=remark)
 
 
 def _differences(runs: pd.DataFrame, columns: Sequence[str], baseline: str) -> pd.DataFrame:
@@ -287,7 +292,7 @@ def drift_attribution(results: Iterable[Result]) -> Figure:
     names = {"all": "all weights", "other": "other (a pooler)"}
     shown = [name for name in ("all", *KINDS, *STATES) if name in values]
     quantities = {name: (names.get(name, name), "points that return") for name in shown}
-    title = "Where forgetting lives: task 1's accuracy with one group of weights put back"
+    title = "Which weights hold the forgetting? Task 1, with one group of weights put back"
     return dots(title, grouped(runs), values, quantities, zero=True, same_scale=True)
 
 
@@ -310,6 +315,7 @@ def dots(
     *,
     zero: bool = False,
     same_scale: bool = False,
+    remark: str = "",
 ) -> Figure:
     """A figure with a row per group that has any number, and a panel per quantity.
 
@@ -320,6 +326,7 @@ def dots(
         quantities: column of ``values`` -> title and unit of its panel.
         zero: whether it is marked.
         same_scale: for quantities in one unit.
+        remark: added to the note below it.
 
     Raises:
         ResultError: no group has a number.
@@ -352,9 +359,8 @@ def dots(
     axes[0].set_yticks(range(len(groups)), names)
     axes[0].set_ylim(len(groups) - 0.4, -0.6)
     figure.suptitle(titled(title, _members(groups)))
-    note(
-        figure, "mean and 95 % Student interval over n seeds (3 or more); small dots: single seeds"
-    )
+    interval = "mean and 95 % Student interval over n seeds (3 or more); small dots: single seeds"
+    note(figure, f"{interval}{remark}")
     return figure
 
 

@@ -271,7 +271,7 @@ def own_weights(tasks: ExactRecall, name: str, *, size: int = 96) -> Figure:
     several = len(masks) + 1
     owner = np.where(shown.any(0), shown.argmax(0) + 1, 0)
     owner = np.where(shown.sum(0) > 1, several, owner)
-    colours = ListedColormap(["white", *SHARES(np.linspace(0.2, 0.95, len(masks))), "crimson"])
+    colours = ListedColormap(["white", *SHARES(np.linspace(0.45, 0.95, len(masks))), "crimson"])
     figure = Figure(1.4 + 4 * min(1.0, owner.shape[0] / owner.shape[1]))
     ax = figure.subplots()
     ax.imshow(owner, cmap=colours, vmin=-0.5, vmax=several + 0.5, interpolation="nearest")
@@ -361,8 +361,8 @@ def task_overlap(result: Result, sparsities: Sequence[float] = (0.05, 0.12, 0.40
         heatmap(ax, percent, rows=at % 3 == 0)
         chance = sparsity / (2 - sparsity)
         ax.set_title(f"sparsity {100 * sparsity:g} %\n(two random choices: {100 * chance:.0f} %)")
-    colour_bar(figure, axes, "shared of united weights (%)", shrink=0.8, aspect=20)
-    title = f"Overlap of the tasks' choices, masks lifted: {described(result)}"
+    colour_bar(figure, axes, "% of those that either chose", shrink=0.8, aspect=20)
+    title = f"Weights that both of two tasks chose: {described(result)}"
     figure.suptitle(titled(title, [result]))
     return figure
 
@@ -388,13 +388,15 @@ def mask_weight(result: Result) -> Figure:
     }
     figure = Figure(2.6)
     ax = figure.subplots()
-    colours = [*SHARES([0.75] * 3), *SHARES([0.35] * 2)]
-    bars = ax.barh(list(stored), list(stored.values()), height=0.6, color=colours)
-    ax.bar_label(bars, [BYTES(count) for count in stored.values()], padding=4)
-    ax.invert_yaxis()
-    ax.grid(visible=False, axis="y")
-    ax.margins(x=0.15)
+    ax.set_xscale("log")  # a mask is too small beside copies for a bar
+    for row, (name, count) in enumerate(stored.items()):
+        ax.plot(count, row, "o", markersize=9, color=SHARES(0.35 if "copy" in name else 0.75))
+        ax.annotate(BYTES(count), (count, row), (8, 0), textcoords="offset points", va="center")
+    ax.set_yticks(range(len(stored)), list(stored))
+    ax.set_ylim(len(stored) - 0.5, -0.5)
+    ax.margins(x=0.2)
     ax.xaxis.set_major_formatter(EngFormatter("B"))
+    ax.set_xlabel("bytes, each grid line ten times the one before")
     ax.set_title(f"{described(result)}, {stats['total'] / 1e6:.1f} M parameters")
     figure.suptitle(titled("Storage of a mask", [result]))
     return figure

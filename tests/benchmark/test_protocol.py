@@ -78,7 +78,7 @@ def test_rates_on_the_tiny_backbone_are_the_strategys_own_unless_they_were_chang
 
 
 def test_chosen_settings_are_those_of_minilm_or_of_the_tiny_backbone():
-    """As recorded in results/evidence."""
+    """As recorded in results/five-small."""
     real = replace(SMALL, model="folder", data="folder")
     for sparsity, rate in {0.01: 8e-3, 0.02: 4e-3, 0.05: 2e-3}.items():
         recall = real.with_chosen("recall", sparsity=sparsity)

@@ -21,7 +21,7 @@ from bitstack_nb.results.tables import format_table, markdown
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("results/README.md")]
-EVIDENCE = "evidence"
+EVIDENCE = "five-small"
 SAME_RATE = "earlier/same-rate"
 TWENTY = "twenty/all-tests"
 

@@ -65,7 +65,7 @@ def test_packed_runs_equal_the_json_they_were_made_of(file):
 
 def test_the_page_shows_the_comparison_and_counts_the_runs_as_recorded(recorded):
     page = (RESULTS / "README.md").read_text()
-    assert format_table(summary(recorded[RESULTS / "evidence"])) in page
+    assert format_table(summary(recorded[RESULTS / "five-small"])) in page
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
     for folder, results in recorded.items():
         name = f"`{folder.relative_to(RESULTS)}`"
@@ -74,7 +74,7 @@ def test_the_page_shows_the_comparison_and_counts_the_runs_as_recorded(recorded)
 
 
 def test_the_page_says_which_contrasts_stand_after_holm(recorded):
-    evidence, twenty = recorded[RESULTS / "evidence"], recorded[RESULTS / "twenty" / "all-tests"]
+    small, twenty = recorded[RESULTS / "five-small"], recorded[RESULTS / "twenty" / "all-tests"]
     one, five = (
         {"strategy": "recall", "sparsity": share, "importance": "random"} for share in (0.01, 0.05)
     )
@@ -82,9 +82,9 @@ def test_the_page_says_which_contrasts_stand_after_holm(recorded):
     separate = {str(at): (method, "single") for at, method in enumerate(compared)}
     plain, mask = {"a": ("bitstack", "finetune")}, {"b": ("bitstack", "random-mask")}
     tables = [
-        contrasts(evidence, separate | plain | mask, margin=1.5),
-        contrasts(evidence, plain | mask, column="forgetting"),
-        contrasts(evidence, plain | mask, column="learning_accuracy"),
+        contrasts(small, separate | plain | mask, margin=1.5),
+        contrasts(small, plain | mask, column="forgetting"),
+        contrasts(small, plain | mask, column="learning_accuracy"),
         contrasts(twenty, {"twenty": ("recall", "single")}),
     ]
     p = holm(value for table in tables for value in table["p"])

@@ -167,9 +167,10 @@ def _remove(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from bitstack_nb.benchmark.banks import measure_bank
+    from bitstack_nb.benchmark.banks import accuracy_table, measure_bank
     from bitstack_nb.data.tasks import SEQUENCES, find_task
     from bitstack_nb.files import replacing
+    from bitstack_nb.results import format_table
     from bitstack_nb.results.plain_json import render
 
     tasks = SEQUENCES.get(options.tasks) or [find_task(n) for n in options.tasks.split(",")]
@@ -178,15 +179,15 @@ def _measure(options: argparse.Namespace) -> None:
     for name in ("epochs", "batch_size", "lr", "head_lr"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
+    measured = []
     for seed in map(int, options.seeds.split(",")):
         found = measure_bank(tasks=tasks, seed=seed, progress=not options.quiet, **settings)
+        measured.append(found)
         path = options.output / f"bank-seed{seed}.json"
         with replacing(path) as temporary:
             temporary.write_text(render(found) + "\n")
         print(path)
-        for task, numbers in found["tasks"].items():
-            shown = (f"{key} {value:.1f}" for key, value in numbers.items() if key != "bytes")
-            print(f"  {task}: {', '.join(shown)}")
+    print(f"\n{format_table(accuracy_table(measured))}")
 
 
 # Files --------------------------------------------------------------------------------------------

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 import torch
 
 from bitstack_nb.bank import TaskBank
 from bitstack_nb.data.loading import load_task
 from bitstack_nb.data.tasks import Task
+from bitstack_nb.results.metrics import mean_interval
 from bitstack_nb.results.provenance import provenance
 from bitstack_nb.router import Part, Router
 
 FORMAT = 1
+SHARES = ("known", "chosen", "routed", "lost", "found")  # in percent of a task's test texts
 
 
 def measure_bank(
@@ -71,6 +74,24 @@ def measure_bank(
         "tasks": {name: _tested(bank, name, rows, unknown) for name, rows in tested.items()},
         "provenance": provenance(),
     }
+
+
+def accuracy_table(measured: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Means over seeds of what ``measure_bank`` found, by task and over all tasks.
+
+    Columns as there, in percent, each with its half width of a 95 % Student interval
+    (``..._interval``); for ``results.format_table``.
+    """
+    seeds = [pd.DataFrame(found["tasks"]).T[list(SHARES)] for found in measured]
+    tables = {task: [own.loc[task] for own in seeds] for task in seeds[0].index.sort_values()}
+    tables["all tasks"] = [own.mean() for own in seeds]
+    rows = []
+    for task, values in tables.items():
+        row: dict[str, Any] = {"task": task}
+        for name in SHARES:
+            row[name], row[f"{name}_interval"] = mean_interval([own[name] for own in values])
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("task").astype(float).reset_index()
 
 
 def _tested(bank: TaskBank, name: str, rows: Any, unknown: float) -> dict[str, float]:

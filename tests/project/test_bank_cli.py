@@ -124,6 +124,7 @@ def test_measured_accuracies_are_kept_as_json(folders, tmp_path, capsys):
     options += ["--train-size", "16", "--test-size", "16", "--epochs", "1", "--max-length", "8"]
     output = ["--output", str(tmp_path), "--quiet", "--seeds", "3"]
     assert main(["bank", "measure", *options, "--sparsity", "0.05", *output]) == 0
+    assert "| all tasks |" in capsys.readouterr().out
     found = json.loads((tmp_path / "bank-seed3.json").read_text())
     assert found["settings"]["seed"] == 3 and found["provenance"]["command"]
     assert {*found["tasks"]} == {"imdb", "ag_news"}

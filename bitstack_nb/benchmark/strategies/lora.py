@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ class LoRA(Adapters):
 
     name, label, order, colour = "lora", "LoRA", 70, "#029E73"
     settings = ("rank", "head_steps")
+    tiny: ClassVar = {"learning_rate": 3e-3}
 
     def __init__(self, model: nn.Module, protocol: Protocol) -> None:
         super().__init__(model, protocol)

@@ -15,7 +15,7 @@ from bitstack_nb.recall import ExactRecall
 from bitstack_nb.trainer import ExactRecallCallback
 
 # Chosen on held-out texts of five tasks, with MiniLM-L6 and 1 % random own weights: half and twice
-# the rate of own weights gave less (results/tuning/five-small).
+# the rate of own weights gave less (results/tuning/bank).
 LEARNING_RATE, HEAD_LEARNING_RATE = 8e-3, 1e-2
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from bitstack_nb import Protocol, load_results
+from bitstack_nb.benchmark.banks import accuracy_table
 from bitstack_nb.figures import summary
-from bitstack_nb.results import contrasts, format_table
+from bitstack_nb.results import contrasts, format_table, readable
 from bitstack_nb.results.packed import RUNS
 from bitstack_nb.results.significance import holm
 
@@ -71,6 +72,16 @@ def test_the_page_shows_the_comparison_and_counts_the_runs_as_recorded(recorded)
         name = f"`{folder.relative_to(RESULTS)}`"
         (row,) = [row for row in rows if row and name in row[0].split(", ")]
         assert int(row[2].split(", ")[row[0].split(", ").index(name)]) == len(results)
+
+
+def test_the_pages_say_how_banks_choose_tasks_as_measured():
+    banks = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("bank/*.json"))]
+    table = accuracy_table(banks)
+    assert format_table(table) in (RESULTS / "README.md").read_text()
+    average = readable(table).iloc[-1]
+    readme = (RESULTS.parent / "README.md").read_text()
+    for page in (readme, (RESULTS.parent / "docs" / "bank.md").read_text()):
+        assert all(average[column] in page for column in ("known", "chosen", "routed"))
 
 
 def test_the_page_says_which_contrasts_stand_after_holm(recorded):

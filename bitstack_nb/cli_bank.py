@@ -74,7 +74,7 @@ def _add_measure(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("--model", required=True, help="backbone: a Hub name or a folder")
     add("--data", default="hub", help="hub, embedded (synthetic), or a folder as for run")
-    add("--tasks", default="five", help="names, or five or twenty; five if not given")
+    add("--tasks", default="five", help="names, or five, twenty or mixed; five if not given")
     add("--seeds", default="0", help="as 0,1,2: a bank for each")
     add("--train-size", type=int, default=480, help="texts of a task; 480")
     add("--test-size", type=int, default=200, help="test texts of a task; 200")

@@ -8,8 +8,9 @@ import pytest
 
 from bitstack_nb import Protocol, load_results
 from bitstack_nb.benchmark.banks import accuracy_table
+from bitstack_nb.data.tasks import SEQUENCES
 from bitstack_nb.figures import summary
-from bitstack_nb.results import contrasts, format_table, readable
+from bitstack_nb.results import contrasts, format_table, frame, readable
 from bitstack_nb.results.packed import RUNS
 from bitstack_nb.results.significance import holm
 
@@ -72,6 +73,18 @@ def test_the_page_shows_the_comparison_and_counts_the_runs_as_recorded(recorded)
         name = f"`{folder.relative_to(RESULTS)}`"
         (row,) = [row for row in rows if row and name in row[0].split(", ")]
         assert int(row[2].split(", ")[row[0].split(", ").index(name)]) == len(results)
+
+
+def test_mixed_holds_the_four_tasks_that_need_a_trained_backbone_most(recorded):
+    runs = frame(recorded[RESULTS / "tuning" / "mixed-tasks"])
+    runs["task"] = [result.protocol["tasks"][0]["name"] for result in runs["result"]]
+    means = runs.pivot_table("average_accuracy", "task", "strategy")
+    means["gap"] = means["single"] - means["probe"]
+    chosen = means[means["gap"] >= 3].nlargest(4, "gap").index
+    assert {task.name for task in SEQUENCES["mixed"]} == {*chosen}
+    page = (RESULTS / "README.md").read_text()
+    for task, row in means.iterrows():
+        assert f"| {task} | {row['probe']:.1f} | {row['single']:.1f} | {row['gap']:.1f} |" in page
 
 
 def test_the_pages_say_how_banks_choose_tasks_as_measured():

@@ -110,15 +110,19 @@ def cost_growth(report: CostReport) -> Figure:
             ax.plot(*zip(*sorted(points), strict=True), "o-", color=colour, markersize=5)
             ax.axhline(limit, color=GREY, linestyle="--", linewidth=1)
         left.set_ylim(0, 1.15 * max(limit, *(row["ratio"] for row in rows)))
-        left.set_ylabel(textwrap.fill(f"{what} / {compared}", 28))
+        left.set_ylabel(textwrap.fill(f"{what}, times {compared}", 28))
     (left, right), (lowest_left, lowest_right) = axes[0], axes[-1]
-    left.set_title("5 tasks")
-    right.set_title(f"{size / 1e6:.0f} M parameters")
+    left.set_title("larger models, 5 tasks locked")
+    right.set_title(f"more tasks, {size / 1e6:.0f} M parameters")
     lowest_left.set_xlabel("parameters (M)")
     lowest_right.set_xlabel("tasks locked")
     left.set_xscale("log")
     ticks = sorted({row["parameters"] / 1e6 for row in report.growth})
     lowest_left.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
     lowest_left.set_xticks([], minor=True)
-    figure.suptitle(f"How costs grow ({report.device}; dashed: limit)")
+    lowest_right.set_xticks(sorted({row["tasks"] for row in report.growth}))
+    device = _DEVICES[report.device]
+    figure.suptitle(
+        f"Times of BitStack (orange) and exact recall (blue) on a {device}; dashed: limit"
+    )
     return figure

@@ -92,9 +92,13 @@ def comparison(results: Iterable[Result]) -> Figure:
     Published numbers are hollow diamonds. Raises ResultError where no result has any of the three.
     """
     runs = frame(results)
-    units = {"average_accuracy": "%", "learning_accuracy": "%", "forgetting": "points"}
+    units = {
+        "average_accuracy": "% after the last task\nhigher is better",
+        "learning_accuracy": "% right after each task\nhigher is better",
+        "forgetting": "points lost\nlower is better",
+    }
     quantities = {name: (COLUMNS[name], unit) for name, unit in units.items()}
-    return dots("Accuracy and forgetting after all tasks", grouped(runs), runs, quantities)
+    return dots("Accuracy and forgetting", grouped(runs), runs, quantities)
 
 
 @styled
@@ -179,7 +183,9 @@ def accuracy_for_storage(results: Iterable[Result], *, best: bool = False) -> Fi
     variants = _by_variant(groups)
     above = True  # sizes of one variant stand above its points, those of the next one below
     for label, own in variants.items():
-        several = len(own) > 1
+        several, size = len(own) > 1, _size(groups[own[0]])
+        if size and not several and size not in label:
+            label += f", {size}"
         look = {"color": groups[own[0]].colour, "marker": groups[own[0]].marker}
         look |= {"ls": ":" if several else "", "markersize": 8, "capsize": 4}
         ax.errorbar(places[own], means[own], halves[own], label=label, **look)
@@ -359,8 +365,9 @@ def dots(
     axes[0].set_yticks(range(len(groups)), names)
     axes[0].set_ylim(len(groups) - 0.4, -0.6)
     figure.suptitle(titled(title, _members(groups)))
+    seeds = counts.loc[[g.key for g in groups]].max(axis=None)
     interval = "mean and 95 % Student interval over n seeds (3 or more); small dots: single seeds"
-    note(figure, f"{interval}{remark}")
+    note(figure, f"{interval if seeds > 1 else 'one seed, so no intervals'}{remark}")
     return figure
 
 

@@ -362,7 +362,7 @@ def task_overlap(result: Result, sparsities: Sequence[float] = (0.05, 0.12, 0.40
         chance = sparsity / (2 - sparsity)
         ax.set_title(f"sparsity {100 * sparsity:g} %\n(two random choices: {100 * chance:.0f} %)")
     colour_bar(figure, axes, "% of those that either chose", shrink=0.8, aspect=20)
-    title = f"Weights that both of two tasks chose: {described(result)}"
+    title = f"Weights that both of two tasks would choose. Importance: {described(result)}"
     figure.suptitle(titled(title, [result]))
     return figure
 

@@ -23,7 +23,9 @@ def mechanism() -> Figure:
     """Draw one small grid of weights at three moments, for BitStack and for exact recall."""
     figure = Figure(3.9)
     axes = figure.subplots(2, 3)
-    figure.suptitle("A square is a weight of the backbone, a coloured box is the head of a task")
+    figure.suptitle(
+        "A square is a weight: in colour if locked or own, dark grey if moved. A box is a head"
+    )
     order = np.random.default_rng(4).permutation(ROWS * COLUMNS)
     own = {
         name: order[PER_TASK * number : PER_TASK * (number + 1)]
@@ -31,7 +33,9 @@ def mechanism() -> Figure:
     }
     reviews = {"reviews": own["reviews"]}
     _grid(axes[0, 0], "BitStack: before task 1\nevery weight may move", {})
-    _grid(axes[0, 1], "after task 1, reviews\nits weights are locked", reviews)
+    _grid(
+        axes[0, 1], "after task 1, reviews\nall have moved, its weights are locked", reviews, _MOVED
+    )
     _grid(axes[0, 2], "after task 2, news\nlocks add up, the rest has moved", own, _MOVED)
     _grid(axes[1, 0], "Exact recall: the base\nit never changes", {})
     _grid(axes[1, 1], "reviews = the base\n+ own weights + head", reviews)

@@ -159,6 +159,7 @@ def test_the_costs_are_shown_as_they_were_recorded(file):
 
 
 BESIDE_PEFT = [
+    "weights of a task without head, thousands",
     "file of a task with head, kB",
     "pass of one text / plain pass",
     "3 texts of 3 tasks / plain pass",

@@ -59,7 +59,7 @@ def test_masks_take_the_bytes_that_their_file_holds(tmp_path):
     assert mask_bytes(FINETUNE[0]) == 0 and mask_bytes(PAPER[0]) is None
     stats = BITSTACK[0].lock_stats[-1]
     mask, copy = (stats["eligible"] + 7) // 8, 4 * stats["total"]
-    drawn = [bar.get_width() for bar in mask_weight(BITSTACK[0]).axes[0].patches]
+    drawn = [dot.get_xdata()[0] for dot in mask_weight(BITSTACK[0]).axes[0].lines]
     assert drawn == pytest.approx([mask, 3 * mask, 4 * stats["locked"], copy, 3 * copy])
 
 

@@ -190,9 +190,10 @@ def accuracy_for_storage(results: Iterable[Result], *, best: bool = False) -> Fi
         look |= {"ls": ":" if several else "", "markersize": 8, "capsize": 4}
         ax.errorbar(places[own], means[own], halves[own], label=label, **look)
         if several:
-            for at in own:
-                end = means[at] + halves[at] if above else means[at] - halves[at]
-                _name_size(ax, groups[at], (places[at], end), above=above)
+            for at, (side, flipped) in zip(own, _sides(places[own], places), strict=True):
+                over = above != flipped
+                end = means[at] + halves[at] if over else means[at] - halves[at]
+                _name_size(ax, groups[at], (places[at], end), above=over, side=side)
             above = not above
     _set_storage_scale(ax, smallest, nothing=bool((sizes == 0).any()))
     form = "\n(smallest usual form: values in bf16, positions packed)" if best else ""
@@ -228,14 +229,26 @@ def _size(group: Group) -> str:
     return "" if (rank := group.settings.get("rank")) is None else f"rank {rank:g}"
 
 
-def _name_size(ax: Axes, group: Group, end: tuple[float, float], *, above: bool) -> None:
+def _sides(own: np.ndarray, places: np.ndarray) -> list[tuple[str, bool]]:
+    """For points close together: where their text begins or ends, and whether it changes ends.
+
+    Close is a twentieth of the axis. The first text ends at its point, the last begins there, and
+    those between stand at the other end of their intervals.
+    """
+    close = np.diff(np.log10(own)) < 0.05 * np.log10(places.max() / places.min())
+    before, after = [False, *close], [*close, False]
+    aligned = {(False, True): "right", (True, False): "left"}
+    return [(aligned.get(pair, "center"), all(pair)) for pair in zip(before, after, strict=True)]
+
+
+def _name_size(ax: Axes, group: Group, end: tuple[float, float], *, above: bool, side: str) -> None:
     """The sparsity or rank of a point at the upper or the lower end of its interval."""
     text = ax.annotate(
         _size(group),
         end,
         xytext=(0, 5 if above else -5),
         textcoords="offset points",
-        ha="center",
+        ha=side,
         va="bottom" if above else "top",
         size=9,
         color=group.colour,

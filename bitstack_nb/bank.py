@@ -317,12 +317,13 @@ class TaskBank:
                 "head to keep: learn(name, train) adds a task. A classifier that you have just "
                 "trained has to be saved (save_pretrained) and loaded from there first"
             )
-        if self.recall.names:
-            raise ValueError(f"keep comes before learn, but the bank has {', '.join(self.tasks)}")
         items = [as_text(text, f"text {number}") for number, text in enumerate(texts)]
         if not items or len({type(item) for item in items}) > 1:
             raise ValueError("texts holds none, or pairs beside single texts: give one kind")
         with self._lock, undisturbed_rng(model.device), self._ends_on_base():
+            if self.recall.names:
+                known = ", ".join(self.tasks)
+                raise ValueError(f"keep comes before learn, but the bank has {known}")
             self.recall.begin(name)
             about = {"pairs": isinstance(items[0], tuple), "max_length": length}
             labels = [model.config.id2label[number] for number in range(model.config.num_labels)]

@@ -179,16 +179,16 @@ def _write(path: Path, text: str) -> None:
 
 def _record(bank: TaskBank) -> dict[str, Any]:
     """The content of ``bank.json``."""
-    recall = bank.recall
+    recall, labels = bank.recall, bank.tasks
     tasks = [
         {
             "name": name,
             "digest": digest,
             **recall.notes(name),
-            "labels": labels,
+            "labels": labels[name],
             "measured": bank.measured(name),
         }
-        for (name, digest), labels in zip(recall.digests.items(), bank.tasks.values(), strict=True)
+        for name, digest in recall.digests.items()
     ]
     return {
         "format": FORMAT,

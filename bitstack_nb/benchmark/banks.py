@@ -15,7 +15,7 @@ import torch
 from bitstack_nb.bank import TaskBank
 from bitstack_nb.data.loading import load_task
 from bitstack_nb.data.tasks import Task
-from bitstack_nb.results.metrics import mean_interval
+from bitstack_nb.results.frames import averages
 from bitstack_nb.results.provenance import provenance
 from bitstack_nb.router import Part, Router
 
@@ -83,15 +83,10 @@ def accuracy_table(measured: Sequence[dict[str, Any]]) -> pd.DataFrame:
     (``..._interval``); for ``results.format_table``.
     """
     seeds = [pd.DataFrame(found["tasks"]).T[list(SHARES)] for found in measured]
-    tables = {task: [own.loc[task] for own in seeds] for task in seeds[0].index.sort_values()}
-    tables["all tasks"] = [own.mean() for own in seeds]
-    rows = []
-    for task, values in tables.items():
-        row: dict[str, Any] = {"task": task}
-        for name in SHARES:
-            row[name], row[f"{name}_interval"] = mean_interval([own[name] for own in values])
-        rows.append(row)
-    return pd.DataFrame(rows).set_index("task").astype(float).reset_index()
+    by_task = pd.concat(seeds).rename_axis("configuration").reset_index()
+    over_all = pd.DataFrame([own.mean() for own in seeds]).assign(configuration="all tasks")
+    table = pd.concat([averages(by_task, SHARES), averages(over_all, SHARES)])
+    return table.rename_axis("task").reset_index()
 
 
 def _tested(bank: TaskBank, name: str, rows: Any, unknown: float) -> dict[str, float]:

@@ -65,15 +65,11 @@ def cost_ratios(report: CostReport) -> Figure:
     ax.grid(visible=False, axis="y")
     ax.set_xlabel("times as long (1: equally long)")
     figure.suptitle(f"Times of BitStack and exact recall on a {_DEVICES[report.device]}")
+    dot = {"marker": "o", "linestyle": ""}
     looks = {
-        "BitStack": {"color": method("bitstack").colour, "marker": "o", "linestyle": ""},
-        "exact recall": {"color": method("recall").colour, "marker": "o", "linestyle": ""},
-        "plain implementation": {
-            "color": GREY,
-            "marker": "o",
-            "linestyle": "",
-            "markerfacecolor": "none",
-        },
+        "BitStack": {"color": method("bitstack").colour, **dot},
+        "exact recall": {"color": method("recall").colour, **dot},
+        "plain implementation": {"color": GREY, "markerfacecolor": "none", **dot},
         "limit": {"color": GREY, "linestyle": "--"},
     }
     handles = [Line2D([], [], label=label, **look) for label, look in looks.items()]

@@ -335,7 +335,7 @@ class TaskBank:
     def _ends_on_base(self) -> Iterator[None]:
         """After the block the model is the base, in evaluation mode, and no task is open."""
         if self.recall.is_open:  # in a callback of the Trainer
-            raise RuntimeError("the bank is learning a task: wait until it is learned")
+            raise RuntimeError("the bank is learning a task: wait until it is learnt")
         try:
             yield
         finally:
@@ -346,7 +346,7 @@ class TaskBank:
             self.model.eval()
 
     def _of_task(self, data: Any, task: Examples, what: str) -> Examples | None:
-        """Other examples of a task that is learned from ``task``."""
+        """Other examples of a task that is learnt from ``task``."""
         if data is None:
             return None
         text, label = task.columns

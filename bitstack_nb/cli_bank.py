@@ -119,7 +119,7 @@ def _learn(options: argparse.Namespace) -> None:
     )
     bank.save_pretrained(folder)
     accuracy = f", held-out accuracy {100 * found['accuracy']:.1f} %" if held else ""
-    print(f"{options.name}: learned from {found['texts']} texts{accuracy}, saved in {folder}")
+    print(f"{options.name}: learnt from {found['texts']} texts{accuracy}, saved in {folder}")
 
 
 def _opened(kind: type, folder: Path, options: argparse.Namespace) -> Any:

@@ -252,7 +252,7 @@ class Answers(BankCase):
             self.assertAlmostEqual(alone["score"], answer["score"], places=5)
 
     def test_threads(self):
-        """Each gets the answers of its task, also while another task is learned."""
+        """Each gets the answers of its task, also while another task is learnt."""
         bank = new_bank()
         for name in ("colours", "sky"):
             learn(bank, name)

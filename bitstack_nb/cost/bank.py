@@ -61,7 +61,7 @@ def measure_bank(
             MiniLM's architecture with random weights.
         data: of the tasks, as in a ``Protocol``.
         texts: of each task, to train on for one epoch. A few are enough: bytes and times do not
-            depend on how well a task is learned.
+            depend on how well a task is learnt.
         rounds: measurements of each time.
         progress: show a progress bar.
     """
@@ -97,7 +97,7 @@ def bank_table(report: CostReport) -> pd.DataFrame:
 
 
 class _Place:
-    """A folder with a backbone and the tasks that each kind has learned and saved.
+    """A folder with a backbone and the tasks that each kind has learnt and saved.
 
     Attributes:
         plain: the backbone.

@@ -41,7 +41,7 @@ def bank(data, folders, tmp_path_factory):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert "csv: learned from 16 texts, held-out accuracy" in done.stdout
+    assert "csv: learnt from 16 texts, held-out accuracy" in done.stdout
     for kind in ("jsonl", "parquet"):
         assert main([*learn, "--name", kind, "--data", str(data / f"train.{kind}")]) == 0
     return folder

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # ``figures`` draws each of these by itself: their protocols differ in more than labels can say.
 _DRAWN = (
-    "five-small ablation stronger twenty/all-tests twenty/200-tests twenty/40-tests "
+    "mixed five-small ablation stronger twenty/all-tests twenty/200-tests twenty/40-tests "
     "earlier/plain-heads earlier/same-rate earlier/more-texts"
 )
 # The methods that ``run`` compares if none is named.

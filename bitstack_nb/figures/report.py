@@ -137,6 +137,8 @@ def _figures(results: list[Result]) -> Iterator[tuple[str, Callable[[], Figure]]
         locks.capacity,
     ):
         yield draw.__name__, partial(draw, results)
+    smallest = partial(accuracy.accuracy_for_storage, results, best=True)
+    yield "accuracy_for_smallest_storage", smallest
     for name, result in _examples(results).items():
         for draw in (locks.lock_heatmaps, locks.task_overlap, locks.mask_weight):
             yield f"{draw.__name__}_{name}", partial(draw, result)

@@ -13,6 +13,7 @@ from bitstack_nb.figures import summary
 from bitstack_nb.results import contrasts, format_table, frame, readable
 from bitstack_nb.results.packed import RUNS
 from bitstack_nb.results.significance import holm
+from bitstack_nb.results.tables import markdown
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 HERE = Path(__file__).parent
@@ -65,9 +66,10 @@ def test_packed_runs_equal_the_json_they_were_made_of(file):
         assert json.dumps(getattr(packed, name)) == json.dumps(value), name
 
 
-def test_the_page_shows_the_comparison_and_counts_the_runs_as_recorded(recorded):
+def test_the_page_shows_the_comparisons_and_counts_the_runs_as_recorded(recorded):
     page = (RESULTS / "README.md").read_text()
-    assert format_table(summary(recorded[RESULTS / "five-small"])) in page
+    for folder in ("mixed", "five-small"):
+        assert format_table(summary(recorded[RESULTS / folder])) in page
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
     for folder, results in recorded.items():
         name = f"`{folder.relative_to(RESULTS)}`"
@@ -85,6 +87,39 @@ def test_mixed_holds_the_four_tasks_that_need_a_trained_backbone_most(recorded):
     page = (RESULTS / "README.md").read_text()
     for task, row in means.iterrows():
         assert f"| {task} | {row['probe']:.1f} | {row['single']:.1f} | {row['gap']:.1f} |" in page
+
+
+def test_the_page_has_the_tests_that_were_named_beforehand(recorded):
+    page, runs = (RESULTS / "README.md").read_text(), recorded[RESULTS / "mixed"]
+    bitstack, fresh = ({"strategy": "bitstack", "budget": name} for name in ("union", "fresh"))
+    own = {share: {"strategy": "recall", "sparsity": share / 100} for share in (0.1, 1, 5)}
+    rivals = {"LoRA": "lora", "SHiRA": "shira", "linear probe": "probe", "replay": "replay"}
+    rivals |= {"BitDelta": "bitdelta"}
+    locking = {
+        "BitStack − fine-tuning": (bitstack, "finetune"),
+        "BitStack − random mask": (bitstack, "random-mask"),
+    }
+    accuracy = locking | {"`fresh` − `union`": (fresh, bitstack)}
+    accuracy |= {f"exact recall, 1 % − {name}": (own[1], other) for name, other in rivals.items()}
+    same = {f"exact recall, {share:g} %": (which, "single") for share, which in own.items()}
+    same |= {name: (rivals[name], "single") for name in ("LoRA", "SHiRA", "BitDelta")}
+    for table in (
+        contrasts(runs, accuracy),
+        contrasts(runs, locking, column="forgetting"),
+        contrasts(runs, same, margin=1.5),
+    ):
+        assert markdown(readable(table)) in page
+    assert f"p-value is {table['p_equivalence_holm'][1]:.3f}" in " ".join(page.split())
+
+
+def test_a_random_mask_of_mixed_has_exactly_bitstacks_size(recorded):
+    runs = [run for run in recorded[RESULTS / "mixed"] if run.protocol.get("budget") == "union"]
+    locked = {}
+    for run in runs:
+        sizes = [stats["locked"] for stats in run.lock_stats]
+        locked.setdefault(run.protocol["seed"], {})[run.protocol["strategy"]] = sizes
+    assert len(locked) == 5
+    assert all(sizes["random-mask"] == sizes["bitstack"] for sizes in locked.values())
 
 
 def test_the_pages_say_how_banks_choose_tasks_as_measured():

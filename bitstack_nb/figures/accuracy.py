@@ -215,9 +215,7 @@ def _bytes_per_task(result: Result, *, best: bool) -> float | None:
     if best and stored:
         if "best_bytes" not in result.storage:
             name = method(result.protocol["strategy"]).label
-            raise ResultError(
-                f"a run of {name} has not recorded its smallest form: leave out best=True"
-            )
+            raise ResultError(f"a run of {name} has not recorded its smallest form: run it again")
         stored = result.storage["best_bytes"]
     return None if stored is None else stored / len(result.protocol["tasks"])
 
